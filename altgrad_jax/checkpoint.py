@@ -1,0 +1,254 @@
+"""Checkpoints through Orbax: asynchronous saves, and restores that are checked before anything relies on them.
+
+A checkpoint is one Composite, committed atomically by Orbax: `state` (the TrainState), `iterator` (which batch comes
+next) and `manifest` (what the run is: identity, leaf types, checksums). The newest checkpoint that proves whole is the
+one a run resumes from; a damaged one is named, moved to `damaged/`, and the one before is tried. Where checkpoints
+exist and none is whole the run stops: it never starts from zero behind the user's back.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from altgrad_jax import integrity
+from altgrad_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+ITEMS = ("state", "iterator", "manifest")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      step: optimizer steps done.
+      state: the TrainState, with the sharding asked for.
+      iterator: the data iterator's state, a JSON object.
+      manifest: what was stored beside it, a JSON object.
+    """
+
+    step: int
+    state: Any
+    iterator: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def _seal(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON content with a SHA-256 of itself."""
+    return {"content": content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def _unseal(sealed: Any, what: str) -> dict[str, Any]:
+    if not isinstance(sealed, dict) or "content" not in sealed or _seal(sealed["content"]) != sealed:
+        raise ValueError(f"{what} does not match its checksum")
+    return sealed["content"]
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception, short enough for a log."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+class Checkpoints:
+    """The checkpoints of one work directory."""
+
+    def __init__(self, folder: Path, *, max_to_keep: int):
+        """Opens (and creates) the folder; half-written checkpoints of a killed process are removed."""
+        self._folder = folder
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            create=True,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
+        except OSError as e:
+            raise UserError(f"{folder} cannot be written: {e.strerror}") from e
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint, damaged ones included, oldest first."""
+        return committed_steps(self._folder)
+
+    def save(self, step: int, state: Any, iterator: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Starts a save and returns once the arrays are copied; errors of an earlier save surface here.
+
+        Raises:
+          UserError: this or an earlier save failed (a full disk); older checkpoints stay whole.
+        """
+        manifest = manifest | {"leaves": integrity.describe(state), "checksums": integrity.checksums(state)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    iterator=ocp.args.JsonSave(_seal(iterator)),
+                    manifest=ocp.args.JsonSave(_seal(manifest)),
+                ),
+                force=True,
+            )
+        except Exception as e:  # Orbax passes on what its storage layers raise, of no common type
+            raise self._failed_save(step, e) from e
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk. Raises UserError if one failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:  # as in `save`
+            raise self._failed_save(None, e) from e
+
+    def close(self) -> None:
+        """Waits for saves and frees Orbax's threads."""
+        self.wait()
+        self._manager.close()
+
+    def _failed_save(self, step: int | None, error: Exception) -> UserError:
+        kept = ", ".join(map(str, self.steps())) or "none"
+        at = "" if step is None else f" at step {step}"
+        return UserError(
+            f"a checkpoint could not be written to {self._folder}{at}: {_reason(error)}; checkpoints kept: {kept}."
+            " Free some space and run the same command again"
+        )
+
+    def restore_latest(self, like: Any, identity: dict[str, Any]) -> Restored | None:
+        """The newest whole checkpoint, or None where none was ever committed.
+
+        Args:
+          like: a TrainState of ShapeDtypeStructs with the shardings wanted.
+          identity: what the run is; see `provenance.identity`.
+
+        Raises:
+          UserError: the checkpoint belongs to a different run (the differences are listed), or none is whole.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                manifest = read_manifest(self._folder, step)
+                refuse_differences(manifest["identity"], identity, self._folder / str(step))
+                restored = read(self._folder, step, like, manifest)
+            except UserError:
+                raise
+            except Exception as e:  # whatever the storage layers raise on damaged files
+                log.warning("checkpoint %s is damaged: %s", self._folder / str(step), _reason(e))
+                damaged.append(step)
+                continue
+            for broken in damaged:
+                log.warning("moved to %s; resuming from step %d", self._set_aside(broken), step)
+            return restored
+        if damaged:
+            raise UserError(
+                f"every checkpoint in {self._folder} is damaged (steps {', '.join(map(str, damaged))});"
+                " bring back a copy, or use a new --workdir to start from zero"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of Orbax's way and keeps it for inspection."""
+        folder = self._folder.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        target = next(p for i in range(10**6) if not (p := folder / f"{step}.{i}").exists())
+        shutil.move(self._folder / str(step), target)
+        self._manager.reload()
+        return target
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps with a committed checkpoint in a folder, oldest first. Orbax writes elsewhere and renames when whole."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def _restore(folder: Path, step: int, args: dict[str, Any]) -> Any:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_names=ITEMS) as manager:
+        return manager.restore(step, args=ocp.args.Composite(**args))
+
+
+def read_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's manifest, its checksum verified. Raises ValueError or OSError if it is damaged."""
+    sealed = _restore(folder, step, {"manifest": ocp.args.JsonRestore()})["manifest"]
+    return _unseal(sealed, "the manifest")
+
+
+def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restored:
+    """Reads a checkpoint and verifies every leaf. Raises on damage (the storage layers' own types, or ValueError)."""
+    # Orbax casts silently where dtypes differ, so they are compared before it sees them.
+    if (wanted := integrity.describe(like)) != manifest["leaves"]:
+        names = sorted(n for n in wanted.keys() | manifest["leaves"].keys() if wanted.get(n) != manifest["leaves"].get(n))
+        raise ValueError(f"it holds other arrays than this run: {', '.join(names[:5])}")
+    args = {"state": ocp.args.StandardRestore(like), "iterator": ocp.args.JsonRestore()}
+    items = _restore(folder, step, args)
+    if changed := integrity.changed_leaves(items["state"], manifest["checksums"]):
+        raise ValueError(f"{len(changed)} arrays do not match their checksums, {changed[0]} the first")
+    return Restored(step, items["state"], _unseal(items["iterator"], "the iterator"), manifest)
+
+
+def refuse_differences(stored: dict[str, Any], current: dict[str, Any], where: Path) -> None:
+    """Raises UserError with the list of what differs between two runs' identities."""
+    different = sorted(k for k in stored.keys() | current.keys() if stored.get(k) != current.get(k))
+    if different:
+        listed = "; ".join(f"{k}: {stored.get(k, 'absent')} -> {current.get(k, 'absent')}" for k in different)
+        raise UserError(
+            f"{where} belongs to a different run ({listed}); use the settings it was made with, another --workdir, or"
+            " --config.checkpoint.restore_from to start a new run from its weights"
+        )
+
+
+def read_params(source: str, like: Any) -> tuple[Any, int, Path]:
+    """Weights of another run: `source` is DIR or DIR@STEP, DIR a work directory or its `checkpoints` folder.
+
+    Args:
+      source: where to read.
+      like: the parameters as ShapeDtypeStructs with the shardings wanted.
+
+    Returns:
+      The parameters, the step they are from, and the checkpoint's folder.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or its parameters have other names, shapes or dtypes.
+    """
+    name, _, step_text = source.partition("@")
+    root = Path(name).expanduser().absolute()
+    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    steps = committed_steps(folder)
+    if not steps:
+        raise UserError(f"no checkpoint in {root}; give a run's work directory")
+    if step_text and (not step_text.isdecimal() or int(step_text) not in steps):
+        raise UserError(f"{root} has no checkpoint of step {step_text}; it has {', '.join(map(str, steps))}")
+    step = int(step_text) if step_text else steps[-1]
+    where = folder / str(step)
+    try:
+        manifest = read_manifest(folder, step)
+        wanted = {f"params.{n}": d for n, d in integrity.describe(like).items()}
+        found = {n: d for n, d in manifest["leaves"].items() if n.startswith("params.")}
+        if wanted != found:
+            lines = [f"{n}: {found.get(n, 'absent')} -> {wanted.get(n, 'absent')}" for n in sorted(wanted | found)]
+            raise UserError(
+                f"the weights in {where} do not fit config.model:"
+                f" {'; '.join(line for line, n in zip(lines, sorted(wanted | found)) if wanted.get(n) != found.get(n))}"
+            )
+        restore = ocp.args.PyTreeRestore(
+            item={"params": like},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            params = reader.restore(where / "state", args=restore)["params"]
+        expected = {n: c for n, c in manifest["checksums"].items() if n.startswith("params.")}
+        if changed := integrity.changed_leaves({"params": params}, expected):
+            raise ValueError(f"{len(changed)} arrays do not match their checksums, {changed[0]} the first")
+    except UserError:
+        raise
+    except Exception as e:  # whatever the storage layers raise on damaged files
+        raise UserError(f"the checkpoint {where} is damaged: {_reason(e)}; choose another with {name}@STEP") from e
+    return jax.tree.map(lambda x: x, params), step, where

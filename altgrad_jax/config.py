@@ -1,0 +1,132 @@
+"""Configuration: loading a config file's neighbour, and checking every value before any work is done.
+
+Types are held by ml_collections (a locked `ConfigDict` takes no unknown key and no wrong type). What it cannot know,
+the ranges, the names allowed and the rules across fields, is here, and every violation is reported at once.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from altgrad_jax.errors import UsageError
+
+CHOICES = {
+    "model.attention": ("auto", "xla", "cudnn"),
+    "data.name": ("auto", "eurlex", "eurlex-local", "eurlex57k", "lexglue", "embedded", "files"),
+    "data.tokenizer": ("auto", "bpe", "bytes", "gpt2"),
+    "optimizer.name": ("adamw",),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "precision.compute": ("bfloat16", "float32"),
+    "tracking.wandb": ("offline", "online", "disabled"),
+}
+AT_LEAST_ONE = (
+    *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_size"),
+    *("train.steps", "train.batch_size", "train.grad_accumulation", "train.log_every", "train.eval_every"),
+    *("train.eval_batches", "train.loss_chunk", "checkpoint.every", "checkpoint.max_to_keep", "stability.nan_patience"),
+)
+NOT_NEGATIVE = (
+    *("seed", "data.vocab_size", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps"),
+    *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices"),
+)
+FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2")
+
+
+def load_sibling(file: str, name: str) -> ModuleType:
+    """Imports `name`.py from the folder of `file`, wherever the process was started.
+
+    Config files are named by path, not installed, so they cannot import each other as a package.
+    """
+    path = Path(file).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"altgrad_jax_config_{name}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError(f"config file {path} is missing; {file} builds on it")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def get(config: ConfigDict, dotted: str):
+    """The value at a dotted key such as "train.steps"."""
+    for key in dotted.split("."):
+        config = config[key]
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks everything that can be checked without data or devices.
+
+    Raises:
+      UsageError: naming every violation, each with the values and the way out.
+    """
+    problems = list(_violations(config))
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _violations(config: ConfigDict) -> Iterator[str]:
+    for key, choices in CHOICES.items():
+        value = get(config, key)
+        if value not in choices:
+            yield f"config.{key}={value!r} is not one of {', '.join(choices)}"
+    for key in AT_LEAST_ONE:
+        if get(config, key) < 1:
+            yield f"config.{key}={get(config, key)} must be at least 1"
+    for key in NOT_NEGATIVE:
+        value = get(config, key)
+        if not (math.isfinite(value) and value >= 0):
+            yield f"config.{key}={value} must be 0 or more"
+    for key in FRACTIONS:
+        value = get(config, key)
+        if not 0 <= value <= 1 or (value == 1 and key != "optimizer.min_lr_ratio"):
+            yield f"config.{key}={value} must lie between 0 and 1"
+    if config.optimizer.eps <= 0:
+        yield f"config.optimizer.eps={config.optimizer.eps} must be above 0"
+    yield from _cross_field_violations(config)
+
+
+def _cross_field_violations(config: ConfigDict) -> Iterator[str]:
+    model, train, data = config.model, config.train, config.data
+    if model.n_head >= 1 and model.n_embd % model.n_head:
+        nearest = max(1, round(model.n_embd / model.n_head)) * model.n_head
+        yield (
+            f"config.model.n_embd={model.n_embd} is not divisible by config.model.n_head={model.n_head};"
+            f" n_embd={nearest} would be"
+        )
+    if train.grad_accumulation >= 1 and train.batch_size % train.grad_accumulation:
+        yield (
+            f"config.train.batch_size={train.batch_size} is not divisible by"
+            f" config.train.grad_accumulation={train.grad_accumulation}"
+        )
+    if data.vocab_size > model.vocab_size:
+        yield (
+            f"config.data.vocab_size={data.vocab_size} is larger than config.model.vocab_size={model.vocab_size};"
+            " raise the model's or lower the tokenizer's"
+        )
+    if data.name == "files" and not data.path and not data.cache:
+        yield "config.data.name=files needs config.data.path, a text file or a folder of them"
+    if data.path and data.name != "files":
+        yield f"config.data.path is read only with config.data.name=files, not {data.name!r}"
+
+
+def check_devices(config: ConfigDict, local_devices: int, hosts: int) -> None:
+    """Checks that a step's batch divides over microbatches and devices.
+
+    Raises:
+      UsageError: naming the numbers and a batch size that fits.
+    """
+    if config.parallel.devices > local_devices:
+        raise UsageError(f"config.parallel.devices={config.parallel.devices}, but this host has {local_devices}")
+    devices = (config.parallel.devices or local_devices) * hosts
+    parts = devices * config.train.grad_accumulation
+    batch = config.train.batch_size
+    if batch % parts:
+        fitting = math.ceil(batch / parts) * parts
+        raise UsageError(
+            f"config.train.batch_size={batch} is not divisible by {devices} devices x grad_accumulation="
+            f"{config.train.grad_accumulation}; use --config.train.batch_size={fitting} or fewer devices"
+            " (--config.parallel.devices)"
+        )

@@ -1,0 +1,132 @@
+"""Reading JSON lines with errors that name the file and the line.
+
+A `.jsonl` or `.jsonl.gz` file holds one JSON object a line, in UTF-8; blank lines are skipped. Nothing is trusted: bad
+UTF-8, bad JSON, a line without end, a truncated gzip stream and a field of the wrong type each raise one UserError.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from altgrad_jax.errors import UserError
+
+MAX_LINE_BYTES = 64 << 20
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class JsonRecord:
+    """One JSON object, and where it came from ("file, line n") for messages."""
+
+    where: str
+    values: Mapping[str, object]
+
+    def text(self, field: str, default: str | None = None) -> str:
+        """A field that must be a string; `default` if it is absent or null.
+
+        Raises:
+          UserError: it is absent without a default, of another type, or no valid Unicode.
+        """
+        return self._checked(field, self._get(field, default))
+
+    def identifier(self, field: str, default: str | None = None) -> str:
+        """Like `text`, but an integer will do; it becomes a string."""
+        return self._identifier(field, self._get(field, default))
+
+    def strings(self, field: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """A field that must be a list of strings or integers (which become strings); `default` if absent or null.
+
+        Raises:
+          UserError: it is absent without a default, of another type, or no valid Unicode.
+        """
+        values = self._get(field, default)
+        if not isinstance(values, list | tuple):
+            raise UserError(f"{self.where}: field {field!r} should be a list, not {type(values).__name__}")
+        return tuple(self._identifier(f"{field}[{index}]", value) for index, value in enumerate(values))
+
+    def paragraphs(self, field: str) -> tuple[str, ...]:
+        """A field that may be a string, a list of strings, or absent: the strings, empty ones left out."""
+        value = self._get(field, ())
+        parts = (self._checked(field, value),) if isinstance(value, str) else self.strings(field, ())
+        return tuple(part for part in parts if part.strip())
+
+    def _get(self, field: str, default: object) -> object:
+        value = self.values.get(field)
+        if value is None and default is None:
+            raise UserError(f"{self.where}: field {field!r} is missing; found {', '.join(map(repr, self.values))}")
+        return default if value is None else value
+
+    def _identifier(self, field: str, value: object) -> str:
+        # bool is a subclass of int, but true is no identifier.
+        return str(value) if type(value) is int else self._checked(field, value)
+
+    def _checked(self, field: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: field {field!r} should be a string, not {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.where}: field {field!r} holds half a surrogate pair at character {error.start}"
+            ) from error
+        return value
+
+
+def read_json_lines(path: Path) -> Iterator[JsonRecord]:
+    """The objects of a `.jsonl` or `.jsonl.gz` file, in order, one in memory at a time.
+
+    Raises:
+      UserError: as the module says, while iterating.
+    """
+    number = offset = 0
+    with open_binary(path) as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"{where} is longer than {MAX_LINE_BYTES:,} bytes: not JSON lines")
+            if line.strip():
+                yield _parse(line, where, offset)
+            offset += len(line)
+
+
+def read_json_file(path: Path) -> JsonRecord:
+    """The one object of a JSON file.
+
+    Raises:
+      UserError: it cannot be read, is too long, or is no JSON object in UTF-8.
+    """
+    with open_binary(path) as file:
+        content = file.read(MAX_LINE_BYTES + 1)
+    if len(content) > MAX_LINE_BYTES:
+        raise UserError(f"{path} is longer than {MAX_LINE_BYTES:,} bytes")
+    return _parse(content, str(path), 0)
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[io.BufferedIOBase]:
+    """Opens a file for reading bytes, through gzip if it ends in `.gz`; read errors in the block become UserErrors."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is a truncated or damaged gzip file ({error}); copy it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse(line: bytes, where: str, offset: int) -> JsonRecord:
+    try:
+        values = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (at byte {offset + error.start} of the file)") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} should be a JSON object, not {type(values).__name__}")
+    return JsonRecord(where, values)

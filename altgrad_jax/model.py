@@ -1,0 +1,258 @@
+"""A GPT-2 style transformer in flax.nnx. Knows nothing of training.
+
+Pre-LayerNorm blocks, learned positions, tanh-GELU, tied embeddings. Parameters are float32; dense layers multiply in
+`compute_dtype`; LayerNorm, softmax and logits are float32. Shape letters: B batch, T time, S cached time, C width,
+H heads, D head width, V vocabulary, N tokens (B * T).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from altgrad_jax.precision.dot import matmul
+
+Array = jax.Array
+INIT_STD = 0.02  # GPT-2, Radford et al. 2019
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The network's shape. Field names are the keys of `config.model`."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    dropout: float = 0.0
+    bias: bool = False
+    tie_embeddings: bool = True
+    attention: str = "auto"
+    compute_dtype: str = "bfloat16"
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """`compute_dtype` as a dtype."""
+        return jnp.dtype(self.compute_dtype)
+
+
+def attention_implementation(config: GPTConfig) -> str:
+    """Resolves `attention="auto"`: "cudnn" (flash attention) where the device and the shapes allow it, else "xla".
+
+    cuDNN's kernel takes 16-bit operands and head widths that are multiples of 8 up to 128.
+    """
+    if config.attention != "auto":
+        return config.attention
+    fits = config.dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
+
+
+class Linear(nnx.Module):
+    """Dense layer y = x w + b over the last axis; `path` is the name that precision rules match."""
+
+    def __init__(self, path: str, inputs: int, outputs: int, std: float, config: GPTConfig, rngs: nnx.Rngs):
+        self.path = path
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if config.bias else None
+        self.dtype = config.dtype
+
+    def __call__(self, x: Array) -> Array:
+        """[..., I] -> [..., O] in the compute dtype."""
+        y = matmul(x.reshape(-1, x.shape[-1]), self.kernel[...], self.dtype, self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the positions decoded so far, for every layer.
+
+    Attributes:
+      k_LBSHD: keys, [layers, B, S, H, D].
+      v_LBSHD: values, same shape.
+      length: scalar int32, how many of the S positions are filled.
+    """
+
+    k_LBSHD: Array
+    v_LBSHD: Array
+    length: Array
+
+    @staticmethod
+    def empty(config: GPTConfig, batch: int) -> "KVCache":
+        """A cache of `block_size` free positions."""
+        shape = (config.n_layer, batch, config.block_size, config.n_head, config.head_dim)
+        return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32))
+
+
+def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity without a key (evaluation) or at rate 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention through `jax.nn.dot_product_attention`."""
+
+    def __init__(self, path: str, config: GPTConfig, rngs: nnx.Rngs):
+        width = config.n_embd
+        residual_std = INIT_STD / math.sqrt(2 * config.n_layer)
+        self.qkv = Linear(f"{path}.qkv", width, 3 * width, INIT_STD, config, rngs)
+        self.proj = Linear(f"{path}.proj", width, width, residual_std, config, rngs)
+        self.n_head = config.n_head
+        self.implementation = attention_implementation(config)
+
+    def _heads(self, x_BTC: Array) -> tuple[Array, Array, Array]:
+        qkv = self.qkv(x_BTC)
+        q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], 3 * self.n_head, -1), 3, axis=2)
+        return q, k, v  # each [B, T, H, D]
+
+    def __call__(self, x_BTC: Array) -> Array:
+        """Attends over the whole sequence."""
+        q, k, v = self._heads(x_BTC)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.implementation)
+        return self.proj(y.reshape(x_BTC.shape))
+
+    def decode(self, x_BTC: Array, k_BSHD: Array, v_BSHD: Array, length: Array) -> tuple[Array, Array, Array]:
+        """Attends T new positions to `length` cached ones and themselves; returns the output and the new k, v."""
+        q, k, v = self._heads(x_BTC)
+        k_BSHD = jax.lax.dynamic_update_slice(k_BSHD, k, (0, length, 0, 0))
+        v_BSHD = jax.lax.dynamic_update_slice(v_BSHD, v, (0, length, 0, 0))
+        query_position = length + jnp.arange(x_BTC.shape[1])
+        visible_TS = jnp.arange(k_BSHD.shape[1])[None, :] <= query_position[:, None]
+        y = jax.nn.dot_product_attention(q, k_BSHD, v_BSHD, mask=visible_TS[None, None])
+        return self.proj(y.reshape(x_BTC.shape)), k_BSHD, v_BSHD
+
+
+class MLP(nnx.Module):
+    """Two dense layers around a tanh-GELU, four times as wide inside."""
+
+    def __init__(self, path: str, config: GPTConfig, rngs: nnx.Rngs):
+        width = config.n_embd
+        self.up = Linear(f"{path}.up", width, 4 * width, INIT_STD, config, rngs)
+        self.down = Linear(f"{path}.down", 4 * width, width, INIT_STD / math.sqrt(2 * config.n_layer), config, rngs)
+
+    def __call__(self, x_BTC: Array) -> Array:
+        """[B, T, C] -> [B, T, C]."""
+        return self.down(jax.nn.gelu(self.up(x_BTC), approximate=True))
+
+
+def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance E[x^2] - E[x]^2 loses digits when the mean is large; the two-pass form costs nothing here.
+    return nnx.LayerNorm(
+        config.n_embd,
+        epsilon=NORM_EPS,
+        use_bias=config.bias,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x)); the residual stream stays in the compute dtype."""
+
+    def __init__(self, path: str, config: GPTConfig, rngs: nnx.Rngs):
+        self.norm_1 = _layer_norm(config, rngs)
+        self.attn = Attention(f"{path}.attn", config, rngs)
+        self.norm_2 = _layer_norm(config, rngs)
+        self.mlp = MLP(f"{path}.mlp", config, rngs)
+        self.dropout = config.dropout
+        self.dtype = config.dtype
+
+    def __call__(self, x_BTC: Array, key: Array | None) -> Array:
+        """One block over whole sequences; `key` drives dropout, None turns it off."""
+        key_attn, key_mlp = (None, None) if key is None else jax.random.split(key)
+        x_BTC = x_BTC + _dropout(self.attn(self.norm_1(x_BTC).astype(self.dtype)), self.dropout, key_attn)
+        return x_BTC + _dropout(self.mlp(self.norm_2(x_BTC).astype(self.dtype)), self.dropout, key_mlp)
+
+    def decode(self, x_BTC: Array, k_BSHD: Array, v_BSHD: Array, length: Array) -> tuple[Array, Array, Array]:
+        """One block over new positions, with the layer's cache."""
+        y, k_BSHD, v_BSHD = self.attn.decode(self.norm_1(x_BTC).astype(self.dtype), k_BSHD, v_BSHD, length)
+        x_BTC = x_BTC + y
+        return x_BTC + self.mlp(self.norm_2(x_BTC).astype(self.dtype)), k_BSHD, v_BSHD
+
+
+class GPT(nnx.Module):
+    """The language model: tokens to hidden states, and hidden states to logits."""
+
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        self.config = config
+        normal = lambda *shape: INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32)  # noqa: E731
+        self.wte = nnx.Param(normal(config.vocab_size, config.n_embd))
+        self.wpe = nnx.Param(normal(config.block_size, config.n_embd))
+        self.blocks = nnx.List([Block(f"blocks.{i}", config, rngs) for i in range(config.n_layer)])
+        self.norm_f = _layer_norm(config, rngs)
+        self.lm_head = None if config.tie_embeddings else nnx.Param(normal(config.n_embd, config.vocab_size))
+
+    def head_weight_CV(self) -> Array:
+        """The output weights, [C, V], float32: the transposed embedding when tied."""
+        return self.wte[...].T if self.lm_head is None else self.lm_head[...]
+
+    def _embed(self, tokens_BT: Array, start: Array | int = 0) -> Array:
+        positions_TC = jax.lax.dynamic_slice_in_dim(self.wpe[...], start, tokens_BT.shape[1])
+        return (self.wte[...][tokens_BT] + positions_TC).astype(self.config.dtype)
+
+    def hidden(self, tokens_BT: Array, dropout_key: Array | None = None) -> Array:
+        """Final normalised hidden states, [B, T, C], in the compute dtype; `dropout_key=None` turns dropout off."""
+        keys = [None] * (self.config.n_layer + 1)
+        if dropout_key is not None and self.config.dropout > 0.0:
+            keys = list(jax.random.split(dropout_key, self.config.n_layer + 1))
+        x_BTC = _dropout(self._embed(tokens_BT), self.config.dropout, keys[-1])
+        for block, key in zip(self.blocks, keys, strict=False):
+            x_BTC = block(x_BTC, key)
+        return self.norm_f(x_BTC).astype(self.config.dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., C] -> [..., V] in float32."""
+        dtype = self.config.dtype
+        flat = matmul(hidden.reshape(-1, hidden.shape[-1]), self.head_weight_CV(), dtype, jnp.float32)
+        return flat.reshape(*hidden.shape[:-1], -1)
+
+    def __call__(self, tokens_BT: Array) -> Array:
+        """Logits of every position, [B, T, V] in float32; for tests and small inputs, training uses the chunked loss."""
+        return self.logits(self.hidden(tokens_BT))
+
+    def decode(self, tokens_BT: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Logits of the last of T new tokens, [B, V], and the cache with them added.
+
+        The caller keeps `cache.length + T` within `block_size`.
+        """
+        x_BTC = self._embed(tokens_BT, cache.length)
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            x_BTC, k, v = block.decode(x_BTC, cache.k_LBSHD[i], cache.v_LBSHD[i], cache.length)
+            keys.append(k)
+            values.append(v)
+        last_BC = self.norm_f(x_BTC[:, -1]).astype(self.config.dtype)
+        grown = KVCache(jnp.stack(keys), jnp.stack(values), cache.length + tokens_BT.shape[1])
+        return self.logits(last_BC), grown
+
+
+def parameter_counts(config: GPTConfig) -> dict[str, int]:
+    """Number of parameters, `total` and `without_embeddings` (neither wte, wpe nor lm_head)."""
+    shapes = nnx.state(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
+    flat = {".".join(map(str, path)): math.prod(leaf.shape) for path, leaf in nnx.to_flat_state(shapes)}
+    embeddings = sum(size for path, size in flat.items() if path.split(".")[0] in ("wte", "wpe", "lm_head"))
+    total = sum(flat.values())
+    return {"total": total, "without_embeddings": total - embeddings}
+
+
+def gpt_config(model: dict, compute_dtype: str) -> GPTConfig:
+    """Builds a `GPTConfig` from the `model` section of a configuration."""
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"compute_dtype"}
+    return GPTConfig(**{name: model[name] for name in names}, compute_dtype=compute_dtype)

@@ -1,0 +1,91 @@
+"""How a step is run on devices: data parallelism through `jax.pmap`.
+
+The state is replicated and, seen from here, has no device axis: pmap takes and returns it with axes `None`, so a
+checkpoint does not depend on the number of devices. The batch is split over its leading axis, and its share of every
+host over that host's devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from altgrad_jax.step import AXIS
+
+Array = jax.Array
+
+
+class DataParallel:
+    """Runs the same step on every device, each on its part of the batch.
+
+    Attributes:
+      devices: the local devices used.
+      hosts: number of processes training together.
+    """
+
+    def __init__(self, device_count: int = 0):
+        """Uses the first `device_count` local devices; 0 means all of them."""
+        self.devices = jax.local_devices()[: device_count or None]
+        self.hosts = jax.process_count()
+        self._mesh = Mesh(np.array(self.devices), (AXIS,))
+        # Threads of a CPU's virtual devices wait for each other inside a step; with a second step queued behind the
+        # first there are not enough of them, and both stand still.
+        self._one_at_a_time = len(self.devices) > 1 and self.devices[0].platform == "cpu"
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Sharding of an array that every local device holds whole."""
+        return NamedSharding(self._mesh, PartitionSpec())
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a copy of every leaf on every local device; the caller's arrays stay its own."""
+        # device_put may alias its input, which donation would then delete under the caller's hands.
+        return jax.device_put(jax.tree.map(lambda x: np.array(x), tree), self.replicated)
+
+    def shard(self, batch: np.ndarray, microbatches: int | None = None) -> Array:
+        """Splits this host's rows over its devices: [D * ..., T + 1] -> [D, (A,) B, T + 1], on the devices."""
+        count = len(self.devices)
+        lead = (count, -1) if microbatches is None else (count, microbatches, batch.shape[0] // (count * microbatches))
+        return jax.device_put(batch.reshape(*lead, batch.shape[-1]), NamedSharding(self._mesh, PartitionSpec(AXIS)))
+
+    def train_step(self, step: Callable) -> Callable:
+        """(state, sharded batch) -> (state, metrics); the state passed in is donated."""
+        return self._settled(self._pmap(step, donate=True))
+
+    def eval_step(self, step: Callable) -> Callable:
+        """(params, sharded batch) -> metrics."""
+        return self._settled(self._pmap(step, donate=False))
+
+    def _pmap(self, step: Callable, donate: bool) -> Callable:
+        # With several hosts pmap must be left to find the devices itself.
+        devices = self.devices if self.hosts == 1 else None
+        return jax.pmap(
+            step,
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=devices,
+            donate_argnums=(0,) if donate else (),
+        )
+
+    def _settled(self, run: Callable) -> Callable:
+        if not self._one_at_a_time:
+            return run
+        return lambda *args: jax.block_until_ready(run(*args))
+
+    def to_global(self, tree: Any) -> Any:
+        """Replicated over this host's devices -> replicated over all hosts' devices, as checkpoints store it."""
+        if self.hosts == 1:
+            return tree
+        mesh = Mesh(np.array(jax.devices()), (AXIS,))
+        return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
+
+    def to_local(self, tree: Any) -> Any:
+        """The inverse of `to_global`."""
+        if self.hosts == 1:
+            return tree
+        mesh = Mesh(np.array(jax.devices()), (AXIS,))
+        return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())

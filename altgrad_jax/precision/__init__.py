@@ -1,0 +1,1 @@
+"""What a number is, and where it is rounded. Depends on jax and numpy alone."""

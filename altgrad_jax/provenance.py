@@ -1,0 +1,126 @@
+"""What a run was: everything needed to repeat it, and nothing that must stay secret.
+
+`manifest.json` names the code, the versions, the machine, the flags, the configuration and the data. Of the process
+environment it takes only the variables listed here, which tune JAX and XLA and hold no credentials.
+"""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from altgrad_jax import __version__
+from altgrad_jax.data.cache import TokenCache
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy", "ml-collections")
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "TF_CPP_VMODULE")
+ENVIRONMENT_PREFIXES = ("JAX_", "XLA_PYTHON_CLIENT_", "NCCL_")
+
+
+def config_dict(config: ConfigDict) -> dict[str, Any]:
+    """The configuration as JSON: tuples become lists, unset placeholders null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(config.to_dict())
+
+
+def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
+    """What must not change when a run resumes, as flat dotted names.
+
+    Model, precision, optimizer, data and batch decide every bit of a trajectory. What is absent here may change:
+    devices, tracking, how often to log, evaluate and save, and `train.steps` where the schedule does not depend on it.
+    """
+    full = config_dict(config)
+    facts: dict[str, Any] = {"seed": full["seed"], "data.sha256": cache.sha256}
+    for section in ("model", "precision", "optimizer"):
+        facts.update({f"{section}.{key}": value for key, value in full[section].items()})
+    for key in ("batch_size", "grad_accumulation", "loss_chunk"):
+        facts[f"train.{key}"] = full["train"][key]
+    if config.optimizer.schedule != "constant":
+        facts["optimizer.decay_steps"] = config.optimizer.decay_steps or config.train.steps
+    return facts
+
+
+def environment() -> dict[str, str]:
+    """The environment variables that change what JAX and XLA do."""
+    return {k: v for k, v in sorted(os.environ.items()) if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages a result depends on."""
+    found = {"python": platform.python_version(), "altgrad_jax": __version__}
+    for name in PACKAGES:
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None outside a checkout or without git."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def devices() -> dict[str, Any]:
+    """The accelerator or CPU that JAX sees."""
+    first = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "kind": first.device_kind,
+        "local": jax.local_device_count(),
+        "global": jax.device_count(),
+        "hosts": jax.process_count(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def corpus(cache: TokenCache) -> dict[str, Any]:
+    """The data and the tokenizer, by name, size and hash."""
+    header = cache.header
+    return {
+        "sha256": cache.sha256,
+        "source": header.source.name,
+        "description": header.source.description,
+        "fingerprint": header.source.fingerprint,
+        "cache": str(cache.path),
+        "tokenizer": {
+            "kind": header.tokenizer.kind,
+            "vocab_size": header.tokenizer.vocab_size,
+            "fingerprint": header.tokenizer.fingerprint,
+        },
+        "tokens": {split.name: split.tokens for split in header.splits},
+    }
+
+
+def session(step: int) -> dict[str, Any]:
+    """One start of the run's command: when, from which step, on what, with which code."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": step,
+        "command": ["python", "-m", "altgrad_jax.main", *sys.argv[1:]],
+        "versions": versions(),
+        "devices": devices(),
+        "environment": environment(),
+        "git": git_revision(),
+    }

@@ -1,0 +1,61 @@
+"""TrainState: every array that training carries from step to step, in one pytree."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from altgrad_jax.model import GPT, GPTConfig
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step reads and replaces. Random keys are not carried: they follow from the seed and the step.
+
+    Attributes:
+      step: scalar int32, optimizer steps done.
+      params: nested dict of float32 arrays, keyed as the model's attributes.
+      opt_state: the optimizer's own state.
+      nonfinite_steps: scalar int32, consecutive steps, up to this one, whose loss was NaN or Inf.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    nonfinite_steps: Array
+
+
+def init_params(config: GPTConfig, seed: int) -> tuple[Any, Any]:
+    """The model's structure (nnx.GraphDef) and its freshly drawn parameters, a pure nested dict."""
+    graphdef, params = nnx.split(GPT(config, nnx.Rngs(seed)), nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), nonfinite_steps=zero)
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Dotted names of a pytree's leaves, in `jax.tree.leaves` order: "params.blocks.3.attn.qkv.kernel"."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def tree_sha256(tree: Any) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all leaves: equal exactly when the trees are equal to the bit."""
+    digest = hashlib.sha256()
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""Every setting and its default: the published BF16 baseline (6 layers x 384, 30 M parameters, 2000 steps).
+
+An experiment is a small file beside this one that starts from `get_config()` and changes what it is about. Units:
+steps are optimizer steps, batches are counted in windows of `model.block_size` tokens.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The defaults; `variant="quick"` is the same experiment small enough for a laptop CPU."""
+    config = ConfigDict()
+    config.seed = 42
+
+    config.model = ConfigDict()
+    config.model.n_layer = 6
+    config.model.n_head = 6
+    config.model.n_embd = 384
+    config.model.block_size = 256
+    config.model.vocab_size = 50257
+    config.model.dropout = 0.0
+    config.model.bias = False
+    config.model.tie_embeddings = True
+    config.model.attention = "auto"  # auto | xla | cudnn
+
+    config.data = ConfigDict()
+    # auto (EUR-Lex if prepared, else embedded) | eurlex | eurlex-local | eurlex57k | lexglue | embedded | files
+    config.data.name = "auto"
+    config.data.path = config_dict.placeholder(str)  # files: a .txt / .jsonl / .jsonl.gz file or a folder of them
+    config.data.cache = config_dict.placeholder(str)  # a token cache's folder: trained from as it is, nothing else read
+    config.data.data_dir = "~/.cache/altgrad_jax"  # prepared corpora and token caches
+    config.data.tokenizer = "auto"  # auto (gpt2 if its file is here, else bpe) | bpe | bytes | gpt2
+    config.data.vocab_size = 0  # entries the tokenizer may use; 0: as many as the model has
+
+    config.train = ConfigDict()
+    config.train.steps = 2000
+    config.train.batch_size = 12  # windows per step over all devices and hosts
+    config.train.grad_accumulation = 1  # microbatches a step's batch is cut into
+    config.train.log_every = 1
+    config.train.eval_every = 100
+    config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation
+    config.train.loss_chunk = 512  # tokens whose logits exist at once, per device
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"  # cosine | linear | constant
+    config.optimizer.decay_steps = 0  # where the schedule reaches its floor; 0: train.steps
+    config.optimizer.min_lr_ratio = 0.1
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.grad_clip = 1.0  # global norm; 0: off
+
+    config.precision = ConfigDict()
+    config.precision.compute = "bfloat16"  # bfloat16 | float32: operands of the dense layers
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 100
+    config.checkpoint.max_to_keep = 3
+    config.checkpoint.restore_from = config_dict.placeholder(str)  # DIR[@STEP]: start from another run's weights
+
+    config.stability = ConfigDict()
+    config.stability.nan_patience = 10  # consecutive steps of NaN or Inf loss before the run stops as diverged
+
+    config.tracking = ConfigDict()
+    config.tracking.wandb = "offline"  # offline | online | disabled
+    config.tracking.project = "altgrad"
+    config.tracking.entity = config_dict.placeholder(str)
+    config.tracking.name = "baseline"
+    config.tracking.tags = ()
+
+    config.parallel = ConfigDict()
+    config.parallel.devices = 0  # local devices to use; 0: all
+
+    config.runtime = ConfigDict()
+    config.runtime.compilation_cache = config_dict.placeholder(
+        str
+    )  # folder for compiled programs, reused by later runs
+
+    if variant == "quick":
+        _make_quick(config)
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}: this config has 'quick' and the plain form")
+    return config.lock()
+
+
+def _make_quick(config: ConfigDict) -> None:
+    """Shrinks every size so that the run takes about a minute on two CPU cores."""
+    config.model.update(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=1024)
+    config.train.update(steps=400, batch_size=16, eval_every=50, eval_batches=8)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=40)
