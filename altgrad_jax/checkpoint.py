@@ -184,7 +184,9 @@ def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restor
     """Reads a checkpoint and verifies every leaf. Raises on damage (the storage layers' own types, or ValueError)."""
     # Orbax casts silently where dtypes differ, so they are compared before it sees them.
     if (wanted := integrity.describe(like)) != manifest["leaves"]:
-        names = sorted(n for n in wanted.keys() | manifest["leaves"].keys() if wanted.get(n) != manifest["leaves"].get(n))
+        names = sorted(
+            n for n in wanted.keys() | manifest["leaves"].keys() if wanted.get(n) != manifest["leaves"].get(n)
+        )
         raise ValueError(f"it holds other arrays than this run: {', '.join(names[:5])}")
     args = {"state": ocp.args.StandardRestore(like), "iterator": ocp.args.JsonRestore()}
     items = _restore(folder, step, args)

@@ -3,11 +3,13 @@
 Exit status: 0 done, 1 failed, 2 usage error (flags or configuration), 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from altgrad_jax.errors import UsageError, UserError
@@ -52,6 +54,16 @@ def run(main: Callable[[], int]) -> None:
             return fail(e)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def quiet_libraries() -> None:
+    """Our own log lines go to stderr as they are; of the libraries below us only warnings are shown.
+
+    Orbax reports every phase of every save at INFO through absl's logger, which would bury a run's own lines.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("altgrad_jax").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.ERROR)
 
 
 def define_config(default: str | None = None):

@@ -224,7 +224,7 @@ class GPT(nnx.Module):
         return flat.reshape(*hidden.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Array) -> Array:
-        """Logits of every position, [B, T, V] in float32; for tests and small inputs, training uses the chunked loss."""
+        """Logits of every position, [B, T, V] in float32; for small inputs (training uses the chunked loss)."""
         return self.logits(self.hidden(tokens_BT))
 
     def decode(self, tokens_BT: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -246,7 +246,7 @@ class GPT(nnx.Module):
 def parameter_counts(config: GPTConfig) -> dict[str, int]:
     """Number of parameters, `total` and `without_embeddings` (neither wte, wpe nor lm_head)."""
     shapes = nnx.state(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
-    flat = {".".join(map(str, path)): math.prod(leaf.shape) for path, leaf in nnx.to_flat_state(shapes)}
+    flat = {".".join(map(str, path)): math.prod(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(shapes)}
     embeddings = sum(size for path, size in flat.items() if path.split(".")[0] in ("wte", "wpe", "lm_head"))
     total = sum(flat.values())
     return {"total": total, "without_embeddings": total - embeddings}

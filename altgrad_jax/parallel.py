@@ -13,9 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from altgrad_jax.state import TrainState
 from altgrad_jax.step import AXIS
 
 Array = jax.Array
+RunTrain = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
+RunEval = Callable[[Any, Array], Array]
 
 
 class DataParallel:
@@ -45,17 +48,21 @@ class DataParallel:
         # device_put may alias its input, which donation would then delete under the caller's hands.
         return jax.device_put(jax.tree.map(lambda x: np.array(x), tree), self.replicated)
 
+    def abstract(self, tree: Any) -> Any:
+        """Shapes and dtypes with the sharding that `replicate` gives."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), tree)
+
     def shard(self, batch: np.ndarray, microbatches: int | None = None) -> Array:
         """Splits this host's rows over its devices: [D * ..., T + 1] -> [D, (A,) B, T + 1], on the devices."""
         count = len(self.devices)
         lead = (count, -1) if microbatches is None else (count, microbatches, batch.shape[0] // (count * microbatches))
         return jax.device_put(batch.reshape(*lead, batch.shape[-1]), NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
-    def train_step(self, step: Callable) -> Callable:
+    def train_step(self, step: RunTrain) -> RunTrain:
         """(state, sharded batch) -> (state, metrics); the state passed in is donated."""
         return self._settled(self._pmap(step, donate=True))
 
-    def eval_step(self, step: Callable) -> Callable:
+    def eval_step(self, step: RunEval) -> RunEval:
         """(params, sharded batch) -> metrics."""
         return self._settled(self._pmap(step, donate=False))
 
@@ -82,6 +89,13 @@ class DataParallel:
             return tree
         mesh = Mesh(np.array(jax.devices()), (AXIS,))
         return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
+
+    def to_global_abstract(self, tree: Any) -> Any:
+        """Shapes and dtypes with the sharding that `to_global` gives."""
+        if self.hosts == 1:
+            return tree
+        sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     def to_local(self, tree: Any) -> Any:
         """The inverse of `to_global`."""

@@ -33,10 +33,18 @@ class TrainState:
     nonfinite_steps: Array
 
 
-def init_params(config: GPTConfig, seed: int) -> tuple[Any, Any]:
-    """The model's structure (nnx.GraphDef) and its freshly drawn parameters, a pure nested dict."""
-    graphdef, params = nnx.split(GPT(config, nnx.Rngs(seed)), nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
+def model_structure(config: GPTConfig) -> Any:
+    """The model without its arrays (nnx.GraphDef), for `nnx.merge` with a parameter dict."""
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))[0]
+
+
+def init_params(config: GPTConfig, seed: int) -> Any:
+    """Freshly drawn parameters, a pure nested dict."""
+
+    def draw() -> Any:
+        return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+
+    return jax.jit(draw)()
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

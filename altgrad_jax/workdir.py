@@ -1,6 +1,6 @@
 """A run's work directory: its files, its lock, and writes that are whole or absent.
 
-    config.json  manifest.json  metrics.jsonl  summary.json  checkpoints/<step>/  damaged/  wandb/
+config.json  manifest.json  metrics.jsonl  summary.json  checkpoints/<step>/  damaged/  wandb/
 """
 
 import fcntl

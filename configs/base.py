@@ -76,9 +76,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.parallel.devices = 0  # local devices to use; 0: all
 
     config.runtime = ConfigDict()
-    config.runtime.compilation_cache = config_dict.placeholder(
-        str
-    )  # folder for compiled programs, reused by later runs
+    config.runtime.compilation_cache = config_dict.placeholder(str)  # folder of compiled programs
 
     if variant == "quick":
         _make_quick(config)

@@ -98,7 +98,7 @@ class TrainBatches:
 
 
 def validation_split(cache: TokenCache) -> str:
-    """"validation" where the corpus has it, else "test".
+    """ "validation" where the corpus has it, else "test".
 
     Raises:
       UserError: if it has neither.

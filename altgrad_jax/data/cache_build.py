@@ -73,7 +73,7 @@ def build_cache(
     Raises:
       UsageError: unknown tokenizer, or `vocab_size` too small for it.
       UserError: the cache exists and is damaged; the folder cannot be written; a split is empty; a document is not
-        Unicode text; GPT-2's vocabulary is not to be had.
+        Unicode text; the source changes meanwhile; GPT-2's vocabulary is not to be had.
     """
     kind, size = resolve_tokenizer(tokenizer_kind, vocab_size, gpt2_path)
     key = cache_key(source.fingerprint(), kind, size)
@@ -142,11 +142,14 @@ def _write_cache(
         with progress_bar(f"tokenizing {split}", total=total, unit="documents", show=progress) as advance:
             nats = float(source.nats(split)) if isinstance(source, KnownEntropy) else None
             splits.append(_write_split(folder, source, split, tokenizer, nats, advance))
+    fingerprint = source.fingerprint()
+    if cache_key(fingerprint, kind, vocab_size) != key:
+        raise UserError(f"the corpus {source.name!r} changed while it was being read; run the command again")
     header = CacheHeader(
         format_version=FORMAT_VERSION,
         key=key,
         created_by=f"altgrad_jax {__version__}",
-        source=SourceHeader(source.name, source.description, source.fingerprint()),
+        source=SourceHeader(source.name, source.description, fingerprint),
         tokenizer=TokenizerHeader(
             kind=tokenizer.kind,
             vocab_size=tokenizer.vocab_size,

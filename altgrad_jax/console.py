@@ -1,0 +1,80 @@
+"""The run on the terminal: a header, a live line, a plain line where there is no terminal."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_SECONDS = 10.0  # without a terminal, at most one line so often, evaluations apart
+
+
+def make_console() -> RichConsole:
+    """A console that neither colours nor wraps when its output is not a terminal."""
+    return RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_header(console: RichConsole, title: str, facts: dict[str, str]) -> None:
+    """What is about to run, as a two-column list."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in facts.items():
+        table.add_row(f"[bold]{key}[/bold]" if console.is_terminal else key, value)
+    console.print(title)
+    console.print(table)
+
+
+class ConsoleSink:
+    """Shows records: a progress bar with loss, speed and time left on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: RichConsole, first_step: int, total_steps: int):
+        """Starts the display at `first_step` of `total_steps`."""
+        self._console, self._first, self._total = console, first_step, total_steps
+        self._started, self._last_line = time.monotonic(), -float("inf")
+        self._best = float("inf")
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[now]}"), TimeRemainingColumn(), console=console)
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, now="compiling")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Moves the bar, and prints a line for every evaluation (and, without a terminal, every ten seconds)."""
+        step = record["step"]
+        now = ""
+        if "train/loss" in record:
+            now = f"loss {record['train/loss']:.4f}  {record['train/tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, now=now)
+        if "val/loss" in record:
+            self._print_evaluation(step, record, now)
+        elif self._bar is None and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._line(f"step {step:>6}/{self._total}  {now}  {self._eta(step)}")
+
+    def _print_evaluation(self, step: int, record: dict[str, Any], now: str) -> None:
+        loss = record["val/loss"]
+        mark = "  best" if loss < self._best else ""
+        self._best = min(loss, self._best)
+        floor = f"  above floor {record['val/loss_above_floor']:.4f}" if "val/loss_above_floor" in record else ""
+        eta = self._eta(step) if self._bar is None else ""
+        text = f"step {step:>6}/{self._total}  val loss {loss:.4f}  perplexity {record['val/perplexity']:,.2f}{floor}{mark}"
+        self._line("  ".join(part for part in (text, now, eta) if part))
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self._console.print(text)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first
+        if done < 1 or step >= self._total:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self._total - step)
+        return f"eta {int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+    def close(self, status: str) -> None:
+        """Takes the bar down."""
+        del status
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,123 @@
+"""From a configuration to everything a run is made of: data, model, optimizer, and the steps on their devices.
+
+The training loop, the benchmarks and the audit all start here, so what they run is the same program.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+import optax
+from ml_collections import ConfigDict
+
+from altgrad_jax.config import check_devices
+from altgrad_jax.data.batches import TrainBatches, evaluation_batches, validation_split
+from altgrad_jax.data.cache import TokenCache
+from altgrad_jax.model import GPTConfig, attention_implementation, gpt_config
+from altgrad_jax.optimizers import make_optimizer, make_schedule
+from altgrad_jax.parallel import DataParallel, RunEval, RunTrain
+from altgrad_jax.state import TrainState, init_params, init_state, model_structure
+from altgrad_jax.step import make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `config` describes, ready to run. Holds no state that changes with training.
+
+    Attributes:
+      config: the configuration, validated.
+      cache: the corpus as tokens.
+      model: the network's shape.
+      graphdef: its structure, for `nnx.merge`.
+      optimizer: the gradient transformation.
+      parallel: the devices.
+      batches: training batches of this host, by step.
+      eval_batches: the fixed validation windows, on the devices.
+      eval_split: the split they are from.
+      run_train: (state, sharded batch) -> (state, metrics).
+      run_eval: (params, sharded batch) -> mean nats per token.
+    """
+
+    config: ConfigDict
+    cache: TokenCache
+    model: GPTConfig
+    graphdef: Any
+    optimizer: optax.GradientTransformation
+    parallel: DataParallel
+    batches: TrainBatches
+    eval_batches: list[jax.Array]
+    eval_split: str
+    run_train: RunTrain
+    run_eval: RunEval
+
+    def fresh_state(self, params: Any = None) -> TrainState:
+        """The state before the first step, on the devices; `params` instead of newly drawn ones if given."""
+        if params is None:
+            params = init_params(self.model, self.config.seed)
+        return self.parallel.replicate(init_state(params, self.optimizer))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without its arrays."""
+
+        def build() -> TrainState:
+            return init_state(init_params(self.model, self.config.seed), self.optimizer)
+
+        return self.parallel.abstract(jax.eval_shape(build))
+
+    def shard(self, batch: npt.NDArray[np.int32]) -> jax.Array:
+        """Puts a training batch of this host on its devices, cut into microbatches."""
+        return self.parallel.shard(batch, self.config.train.grad_accumulation)
+
+    def evaluate(self, params: Any) -> float:
+        """Mean loss over the validation windows, nats per token."""
+        return float(np.mean(jax.device_get([self.run_eval(params, batch) for batch in self.eval_batches])))
+
+    def resolved(self) -> dict[str, str]:
+        """Choices left to the program ("auto"), as they came out; stored with the run."""
+        return {
+            "attention": attention_implementation(self.model),
+            "corpus": self.cache.header.source.name,
+            "tokenizer": f"{self.cache.header.tokenizer.kind} ({self.cache.vocab_size} tokens)",
+            "devices": f"{len(self.parallel.devices)} x {self.parallel.devices[0].device_kind}",
+        }
+
+
+def build(config: ConfigDict, cache: TokenCache) -> Experiment:
+    """Assembles an experiment; nothing is compiled yet.
+
+    Raises:
+      UserError: the batch does not divide over the devices, or the corpus is too small for it.
+    """
+    check_devices(config, jax.local_device_count(), jax.process_count())
+    model = gpt_config(config.model, config.precision.compute)
+    graphdef = model_structure(model)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    parallel = DataParallel(config.parallel.devices)
+    batch_size, hosts = config.train.batch_size, jax.process_count()
+    split = validation_split(cache)
+    windows = evaluation_batches(cache, split, model.block_size, batch_size, config.train.eval_batches)
+    mine = slice(jax.process_index() * batch_size // hosts, (jax.process_index() + 1) * batch_size // hosts)
+    chunk = config.train.loss_chunk
+    return Experiment(
+        config=config,
+        cache=cache,
+        model=model,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        parallel=parallel,
+        batches=TrainBatches(cache, model.block_size, batch_size, config.seed, jax.process_index(), hosts),
+        eval_batches=[parallel.shard(rows[mine]) for rows in windows],
+        eval_split=split,
+        run_train=parallel.train_step(
+            make_train_step(
+                graphdef,
+                optimizer,
+                make_schedule(config.optimizer, config.train.steps),
+                loss_chunk=chunk,
+                seed=config.seed,
+            )
+        ),
+        run_eval=parallel.eval_step(make_eval_step(graphdef, loss_chunk=chunk)),
+    )

@@ -1,0 +1,34 @@
+"""The main job: trains as a config file says, or resumes.
+
+    python -m altgrad_jax.main --config=configs/bf16.py:quick --workdir=runs/quick [--config.train.steps=500]
+
+Running the same command again continues where the run stopped. Exit status: 0 finished, 1 failed or diverged, 2 usage
+error, 130 / 143 interrupted (a checkpoint has been saved).
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from altgrad_jax import cli
+from altgrad_jax.config import validate
+from altgrad_jax.train import train
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default runs/<config.tracking.name>.")
+
+
+def main() -> int:
+    """Checks the configuration, then trains."""
+    config = cli.read_config(CONFIG)
+    validate(config)
+    cli.quiet_libraries()
+    if config.runtime.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.runtime.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return train(config, WORKDIR.value or f"runs/{config.tracking.name}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,162 @@
+"""Metrics: one record a logged step, sent to metrics.jsonl, the console and W&B.
+
+metrics.jsonl is the truth. It holds one JSON object a logged step, ascending; when a run resumes, the lines past its
+checkpoint are cut off before the steps are repeated, so the file of a run killed ten times reads like that of a run
+never killed. Non-finite values are written as the strings "NaN", "Infinity" and "-Infinity", which keeps it valid JSON.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from altgrad_jax.errors import UserError
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def log(self, record: Record) -> None:
+        """Takes a record: `step` and slash-named scalars."""
+        ...
+
+    def close(self, status: str) -> None:
+        """The run ended, as `finished`, `interrupted`, `diverged` or `failed`."""
+        ...
+
+
+def json_value(value: Any) -> Any:
+    """A value as JSON has it: non-finite floats become their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a metrics file, floats restored; a torn last line (the process was killed) is left out."""
+    records = []
+    if not path.exists():
+        return records
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} is damaged in line {number} ({e}); restore it or use a new --workdir") from e
+        names = {"NaN", "Infinity", "-Infinity"}
+        records.append({k: float(v) if isinstance(v, str) and v in names else v for k, v in record.items()})
+    return records
+
+
+class MetricsFile:
+    """Appends records to metrics.jsonl."""
+
+    def __init__(self, path: Path, resume_step: int):
+        """Opens the file for appending, after cutting off what lies past `resume_step`.
+
+        Raises:
+          UserError: the file is damaged or cannot be written.
+        """
+        self._path = path
+        kept = [r for r in read_metrics(path) if r["step"] <= resume_step and resume_step > 0]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(temporary, "w") as file:
+                file.writelines(self._line(record) for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            self._file = open(path, "a")  # noqa: SIM115  closed in `close`
+        except OSError as e:
+            raise UserError(f"{path} cannot be written: {e.strerror}") from e
+
+    @staticmethod
+    def _line(record: Record) -> str:
+        return json.dumps({k: json_value(v) for k, v in record.items()}) + "\n"
+
+    def log(self, record: Record) -> None:
+        """Writes a line and hands it to the operating system, so that it survives a kill of this process."""
+        try:
+            self._file.write(self._line(record))
+            self._file.flush()
+        except OSError as e:
+            raise UserError(f"{self._path} cannot be written: {e.strerror}; the older checkpoints are whole") from e
+
+    def sync(self) -> None:
+        """Returns when all lines are on disk; called before a checkpoint that they belong to."""
+        os.fsync(self._file.fileno())
+
+    def close(self, status: str) -> None:
+        """Closes the file."""
+        del status
+        self._file.close()
+
+
+class Wandb:
+    """Sends records to Weights & Biases, one run per work directory however often it resumes."""
+
+    def __init__(self, settings: Any, workdir: Path, run_id: str, config: dict[str, Any]):
+        """Starts or continues the W&B run `run_id`.
+
+        Args:
+          settings: `config.tracking`.
+          workdir: W&B writes below `<workdir>/wandb`.
+          run_id: kept in the manifest over resumes.
+          config: shown as the run's configuration.
+
+        Raises:
+          UserError: W&B is not installed, or online without a login.
+        """
+        self._run = None
+        try:
+            import wandb
+        except ImportError as e:
+            raise UserError("W&B is not installed; pip install wandb or --config.tracking.wandb=disabled") from e
+        if settings.wandb == "online" and not wandb.api.api_key:
+            raise UserError(
+                "config.tracking.wandb=online, but there is no W&B login; run `wandb login`, or use"
+                " --config.tracking.wandb=offline and `wandb sync` the folder later"
+            )
+        try:
+            self._run = wandb.init(
+                dir=str(workdir),
+                id=run_id,
+                resume="allow",
+                mode=settings.wandb,
+                project=settings.project,
+                entity=settings.entity,
+                name=settings.name,
+                tags=list(settings.tags),
+                config=config,
+                # No console capture, code or machine statistics: what is sent is what is in the record.
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_stats=True,
+                    x_disable_meta=True,
+                ),
+            )
+        except wandb.errors.Error as e:
+            raise UserError(
+                f"W&B could not start ({str(e).strip().splitlines()[0]}); --config.tracking.wandb=offline needs no network"
+            ) from e
+        # W&B's own step must never go back, but a resumed run repeats steps; so the step is a metric like others.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, record: Record) -> None:
+        """Queues a record."""
+        self._run.log(record)
+
+    def close(self, status: str) -> None:
+        """Finishes the run and waits for what is queued."""
+        self._run.summary["status"] = status
+        self._run.finish(exit_code=0 if status in ("finished", "interrupted") else 1)

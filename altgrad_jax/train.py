@@ -1,0 +1,333 @@
+"""The training loop, top to bottom.
+
+token cache -> batches -> train_step on every device -> metrics, fetched one step late so that the device never waits
+for the host -> one record -> metrics.jsonl, console, W&B. Everything that decides the bits of a run is in the
+TrainState, the seed and the step number, so a run killed anywhere and started again ends where a run never killed ends.
+"""
+
+import logging
+import math
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from altgrad_jax import checkpoint, experiment, provenance
+from altgrad_jax.console import ConsoleSink, make_console, print_header
+from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.errors import UserError
+from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.model import parameter_counts
+from altgrad_jax.stability import DivergenceWatch, healthy
+from altgrad_jax.state import TrainState, tree_sha256
+from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, json_value, read_metrics
+from altgrad_jax.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a session begins.
+
+    Attributes:
+      state: on the devices.
+      step: optimizer steps done.
+      seconds: wall time of earlier sessions.
+      origin: where the state came from, for people.
+    """
+
+    state: TrainState
+    step: int
+    seconds: float
+    origin: str
+
+
+def train(config: ConfigDict, workdir_path: str) -> int:
+    """Trains as `config` says in a work directory, resuming what is there; returns the process's exit status.
+
+    0 finished, 1 diverged, 130 / 143 interrupted. The configuration has been validated.
+
+    Raises:
+      UserError: anything the user can mend; nothing of an earlier session is lost.
+    """
+    with ExitStack() as cleanup:
+        workdir = Workdir(workdir_path)
+        cleanup.callback(workdir.close)
+        _refuse_ended(workdir)
+        exp = experiment.build(config, open_corpus(config))
+        checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
+        cleanup.callback(checkpoints.close)
+        run_identity = provenance.identity(config, exp.cache)
+        start = _start(exp, checkpoints, run_identity)
+
+        console = make_console()
+        if start.step >= config.train.steps:
+            console.print(f"already finished: {workdir.path} is at step {start.step} of {config.train.steps}")
+            return 0
+        manifest = _write_manifest(workdir, exp, run_identity, start)
+        print_header(console, f"altgrad_jax {config.tracking.name}", _header(exp, workdir, start))
+        metrics = MetricsFile(workdir.metrics, start.step)
+        sinks: list[Sink] = [metrics, ConsoleSink(console, start.step, config.train.steps)]
+        if config.tracking.wandb != "disabled":
+            settings = config.tracking
+            sinks.append(Wandb(settings, workdir.path, manifest["run_id"], provenance.config_dict(config)))
+
+        loop = Loop(exp, checkpoints, metrics, sinks, start, run_identity)
+        status = "failed"
+        try:
+            with GracefulStop() as stop:
+                status = loop.run(stop)
+            checkpoints.wait()
+        finally:
+            for sink in sinks:
+                sink.close(status)
+            _write_summary(workdir, loop, status)
+        _print_end(console, workdir, loop, status)
+        return {"finished": 0, "interrupted": stop.exit_code}.get(status, 1)
+
+
+class Loop:
+    """One session's steps. Arrays live in `state`; everything else here is bookkeeping on the host."""
+
+    def __init__(
+        self,
+        exp: experiment.Experiment,
+        checkpoints: checkpoint.Checkpoints,
+        metrics: MetricsFile,
+        sinks: list[Sink],
+        start: Start,
+        run_identity: dict[str, Any],
+    ):
+        self.exp, self.state, self.step = exp, start.state, start.step
+        self.compile_seconds = 0.0
+        self._checkpoints, self._metrics, self._sinks = checkpoints, metrics, sinks
+        self._identity = run_identity
+        self._began, self._earlier_seconds = time.monotonic(), start.seconds
+        self._watch = DivergenceWatch(exp.config.stability.nan_patience)
+        self._floor = exp.cache.entropy_floor(exp.eval_split)
+        self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run over all its sessions."""
+        return self._earlier_seconds + time.monotonic() - self._began
+
+    def run(self, stop: GracefulStop) -> str:
+        """Steps until the end, an interrupt or divergence; returns "finished", "interrupted" or "diverged"."""
+        config, exp = self.exp.config, self.exp
+        if self.step == 0:
+            self._emit({"step": 0, **self._evaluate()})
+        batches = exp.batches.from_step(self.step)
+        previous: tuple[int, dict[str, jax.Array]] | None = None
+        while self.step < config.train.steps:
+            began = time.monotonic()
+            self.state, metrics = exp.run_train(self.state, exp.shard(next(batches)))
+            if self.compile_seconds == 0.0:
+                self.compile_seconds = time.monotonic() - began
+                self._meter.restart()
+            # While the devices work on this step, the host sees to the one before.
+            if previous is not None and self._log(self._fetch(*previous)):
+                return "diverged"
+            self.step += 1
+            previous = (self.step, metrics)
+
+            last = self.step == config.train.steps
+            evaluates = last or self.step % config.train.eval_every == 0
+            saves = last or self.step % config.checkpoint.every == 0 or stop.requested
+            if not (evaluates or saves):
+                continue
+            record = self._fetch(*previous)
+            previous = None
+            with self._meter.paused():
+                if evaluates:
+                    record |= self._evaluate()
+                if self._log(record):
+                    return "diverged"
+                if saves:
+                    self._save(record)
+            if stop.requested and not last:
+                return "interrupted"
+        return "finished"
+
+    def _fetch(self, step: int, metrics: dict[str, jax.Array]) -> Record:
+        """A step's metrics on the host, waiting for the step to end: the loop's one device-to-host copy."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        return {"step": step, **values, "train/tokens_per_second": self._meter.rate(step)}
+
+    def _evaluate(self) -> Record:
+        """The validation loss of the current parameters."""
+        loss = self.exp.evaluate(self.state.params)
+        record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+        if self._floor is not None:
+            record["val/loss_above_floor"] = loss - self._floor
+        return record
+
+    def _log(self, record: Record) -> bool:
+        """Sends a record out if it is due; returns whether the run has diverged."""
+        train = self.exp.config.train
+        diverged = self._watch.diverged(record)
+        due = record["step"] % train.log_every == 0 or record["step"] == train.steps
+        if due or diverged or "val/loss" in record:
+            self._emit(record)
+        if diverged:
+            self.step = record["step"]
+        return diverged
+
+    def _emit(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.log(record)
+
+    def _save(self, record: Record) -> None:
+        """Saves the state, unless it is spoilt."""
+        if not healthy(record):
+            log.warning("no checkpoint at step %d: its loss or gradient is not finite", self.step)
+            return
+        self._metrics.sync()
+        iterator = {"next_step": self.step, "epoch": self.exp.batches.epoch_of(self.step)}
+        manifest = {"identity": self._identity, "seconds": self.seconds}
+        self._checkpoints.save(self.step, self.exp.parallel.to_global(self.state), iterator, manifest)
+
+
+class Meter:
+    """Training speed from record to record, with evaluation and saving left out."""
+
+    def __init__(self, tokens_per_step: int, step: int):
+        self._tokens_per_step, self._step = tokens_per_step, step
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time since the last record; called when the first step has been compiled."""
+        self._since, self._paused = time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
+    def rate(self, step: int) -> float:
+        """Tokens per second of the steps since the last call."""
+        seconds = time.monotonic() - self._since - self._paused
+        rate = self._tokens_per_step * (step - self._step) / max(seconds, 1e-9)
+        self._step = step
+        self.restart()
+        return rate
+
+
+def _refuse_ended(workdir: Workdir) -> None:
+    """Raises UserError if the run in this work directory has diverged: repeating it would diverge again."""
+    summary = workdir.read_json("summary.json")
+    if summary is not None and summary["status"] == "diverged":
+        raise UserError(
+            f"the run in {workdir.path} diverged at step {summary['step']}; change the settings and use a new --workdir,"
+            f" from its last good weights with --config.checkpoint.restore_from={workdir.path}"
+        )
+
+
+def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_identity: dict[str, Any]) -> Start:
+    """The newest whole checkpoint, or the beginning."""
+    parallel = exp.parallel
+    restored = checkpoints.restore_latest(parallel.to_global_abstract(exp.abstract_state()), run_identity)
+    if restored is not None:
+        state, manifest = parallel.to_local(restored.state), restored.manifest
+        if restored.iterator["next_step"] != restored.step:
+            raise UserError(f"checkpoint {restored.step} continues at batch {restored.iterator['next_step']}")
+        return Start(state, restored.step, manifest["seconds"], f"the checkpoint of step {restored.step}")
+    source = exp.config.checkpoint.restore_from
+    if not source:
+        return Start(exp.fresh_state(), 0, 0.0, f"new weights from seed {exp.config.seed}")
+    params, step, where = checkpoint.read_params(source, exp.abstract_state().params)
+    return Start(exp.fresh_state(params), 0, 0.0, f"the weights of step {step} in {where.parent}")
+
+
+def _write_manifest(workdir: Workdir, exp: experiment.Experiment, run_identity: dict, start: Start) -> dict[str, Any]:
+    """manifest.json and config.json; keeps the run's id and the list of its earlier sessions."""
+    before = workdir.read_json("manifest.json") if start.step else None
+    sessions = before["sessions"] if before else []
+    manifest = {
+        "run_id": before["run_id"] if before else secrets.token_hex(4),
+        "identity": run_identity,
+        "config": provenance.config_dict(exp.config),
+        "resolved": exp.resolved(),
+        "parameters": parameter_counts(exp.model),
+        "corpus": provenance.corpus(exp.cache),
+        "sessions": [*sessions, provenance.session(start.step) | {"origin": start.origin}],
+    }
+    workdir.write_json("manifest.json", manifest)
+    workdir.write_json("config.json", manifest["config"])
+    return manifest
+
+
+def _header(exp: experiment.Experiment, workdir: Workdir, start: Start) -> dict[str, str]:
+    """What the user sees before the first step."""
+    config, header, counts = exp.config, exp.cache.header, parameter_counts(exp.model)
+    validation = exp.cache.split_header(exp.eval_split)
+    floor = exp.cache.entropy_floor(exp.eval_split)
+    resolved, shape = exp.resolved(), config.model
+    facts = {
+        "work directory": str(workdir.path),
+        "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
+        f" {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings)",
+        "compute": f"{config.precision.compute}, attention {resolved['attention']}, {resolved['devices']}",
+        "corpus": f"{header.source.name}: {header.source.description}",
+        "tokenizer": resolved["tokenizer"],
+        "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in header.splits),
+        f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token"
+        + ("" if floor is None else f", floor {floor:.4f} (no model can expect less)"),
+        "steps": f"{start.step} to {config.train.steps}, {config.train.batch_size} windows each, from {start.origin}",
+        "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
+    }
+    return facts
+
+
+def _write_summary(workdir: Workdir, loop: Loop, status: str) -> None:
+    """summary.json: how the run stands; final values are those of the last logged step."""
+    records = read_metrics(workdir.metrics)
+    final: Record = {}
+    for record in records:
+        final |= record
+    exp = loop.exp
+    workdir.write_json(
+        "summary.json",
+        {
+            "status": status,
+            "step": loop.step,
+            "final": {key: json_value(value) for key, value in final.items()},
+            "best_val_loss": json_value(min((r["val/loss"] for r in records if "val/loss" in r), default=math.nan)),
+            "tokens_seen": loop.step * exp.config.train.batch_size * exp.model.block_size,
+            "seconds": round(loop.seconds, 3),
+            "compile_seconds": round(loop.compile_seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameter_sha256": tree_sha256(loop.state.params) if status == "finished" else None,
+        },
+    )
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """Most memory used so far: of this process on the host, and of the first device where it keeps count."""
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        memory["device"] = stats["peak_bytes_in_use"]
+    return memory
+
+
+def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> None:
+    minutes, seconds = divmod(int(loop.seconds), 60)
+    saved = checkpoint.committed_steps(workdir.checkpoints)
+    console.print(
+        f"{status} at step {loop.step} after {minutes}:{seconds:02d};"
+        f" checkpoints {', '.join(map(str, saved)) or 'none'}; metrics in {workdir.metrics}"
+    )
