@@ -184,10 +184,8 @@ def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restor
     """Reads a checkpoint and verifies every leaf. Raises on damage (the storage layers' own types, or ValueError)."""
     # Orbax casts silently where dtypes differ, so they are compared before it sees them.
     if (wanted := integrity.describe(like)) != manifest["leaves"]:
-        names = sorted(
-            n for n in wanted.keys() | manifest["leaves"].keys() if wanted.get(n) != manifest["leaves"].get(n)
-        )
-        raise ValueError(f"it holds other arrays than this run: {', '.join(names[:5])}")
+        different = _differences(manifest["leaves"], wanted)
+        raise ValueError(f"it holds other arrays than this run: {different}")
     args = {"state": ocp.args.StandardRestore(like), "iterator": ocp.args.JsonRestore()}
     items = _restore(folder, step, args)
     if changed := integrity.changed_leaves(items["state"], manifest["checksums"]):
@@ -195,13 +193,18 @@ def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restor
     return Restored(step, items["state"], _unseal(items["iterator"], "the iterator"), manifest)
 
 
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
+    """Every entry that two flat dicts do not share: "name: old -> new; ..."."""
+    names = sorted(k for k in stored.keys() | current.keys() if stored.get(k) != current.get(k))
+    return "; ".join(f"{k}: {stored.get(k, 'absent')} -> {current.get(k, 'absent')}" for k in names)
+
+
 def refuse_differences(stored: dict[str, Any], current: dict[str, Any], where: Path) -> None:
     """Raises UserError with the list of what differs between two runs' identities."""
-    different = sorted(k for k in stored.keys() | current.keys() if stored.get(k) != current.get(k))
-    if different:
-        listed = "; ".join(f"{k}: {stored.get(k, 'absent')} -> {current.get(k, 'absent')}" for k in different)
+    if stored != current:
         raise UserError(
-            f"{where} belongs to a different run ({listed}); use the settings it was made with, another --workdir, or"
+            f"{where} belongs to a different run ({_differences(stored, current)}); use the settings it"
+            " was made with, another --workdir, or"
             " --config.checkpoint.restore_from to start a new run from its weights"
         )
 
@@ -234,11 +237,7 @@ def read_params(source: str, like: Any) -> tuple[Any, int, Path]:
         wanted = {f"params.{n}": d for n, d in integrity.describe(like).items()}
         found = {n: d for n, d in manifest["leaves"].items() if n.startswith("params.")}
         if wanted != found:
-            lines = [f"{n}: {found.get(n, 'absent')} -> {wanted.get(n, 'absent')}" for n in sorted(wanted | found)]
-            raise UserError(
-                f"the weights in {where} do not fit config.model:"
-                f" {'; '.join(line for line, n in zip(lines, sorted(wanted | found)) if wanted.get(n) != found.get(n))}"
-            )
+            raise UserError(f"the weights in {where} do not fit config.model: {_differences(found, wanted)}")
         restore = ocp.args.PyTreeRestore(
             item={"params": like},
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),

@@ -56,6 +56,20 @@ def run(main: Callable[[], int]) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def run_command(main: Callable[[str], int], commands: Sequence[str]) -> None:
+    """Like `run`, for `python -m module COMMAND --flags`: `main` is given the command."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        command = sys.argv.pop(1)
+    elif any(flag in sys.argv for flag in ("--help", "-help", "--helpfull", "--helpshort", "-h")):
+        command = commands[0]  # absl prints the help of every command and exits
+    else:
+        command = ""
+    if command not in commands:
+        named = f"unknown command {command!r}" if command else "no command"
+        raise SystemExit(fail(UsageError(f"{named}: give one of {', '.join(commands)} first (see --help)")))
+    run(lambda: main(command))
+
+
 def quiet_libraries() -> None:
     """Our own log lines go to stderr as they are; of the libraries below us only warnings are shown.
 
@@ -85,7 +99,7 @@ def read_config(holder: flags.FlagHolder) -> ConfigDict:
     if isinstance(config, ConfigDict):
         return config
     # A file that could not be loaded arrives as an object that raises the reason on any use.
-    path = str(flags.FLAGS["config"].config_filename).partition(":")[0]
+    path = str(getattr(flags.FLAGS["config"], "config_filename", "")).partition(":")[0]
     if not Path(path).is_file():
         raise UsageError(f"--config: there is no file {path}")
     try:

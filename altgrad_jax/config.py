@@ -26,10 +26,17 @@ CHOICES = {
 AT_LEAST_ONE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_size"),
     *("train.steps", "train.batch_size", "train.grad_accumulation", "train.log_every", "train.eval_every"),
-    *("train.eval_batches", "train.loss_chunk", "checkpoint.every", "checkpoint.max_to_keep", "stability.nan_patience"),
+    *("train.eval_batches", "checkpoint.every", "checkpoint.max_to_keep", "stability.nan_patience"),
 )
 NOT_NEGATIVE = (
-    *("seed", "data.vocab_size", "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.decay_steps"),
+    *(
+        "seed",
+        "data.vocab_size",
+        "train.loss_chunk",
+        "optimizer.learning_rate",
+        "optimizer.warmup_steps",
+        "optimizer.decay_steps",
+    ),
     *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices"),
 )
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2")

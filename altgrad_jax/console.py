@@ -59,7 +59,8 @@ class ConsoleSink:
         self._best = min(loss, self._best)
         floor = f"  above floor {record['val/loss_above_floor']:.4f}" if "val/loss_above_floor" in record else ""
         eta = self._eta(step) if self._bar is None else ""
-        text = f"step {step:>6}/{self._total}  val loss {loss:.4f}  perplexity {record['val/perplexity']:,.2f}{floor}{mark}"
+        perplexity = f"perplexity {record['val/perplexity']:,.2f}"
+        text = f"step {step:>6}/{self._total}  val loss {loss:.4f}  {perplexity}{floor}{mark}"
         self._line("  ".join(part for part in (text, now, eta) if part))
 
     def _line(self, text: str) -> None:

@@ -53,10 +53,13 @@ class Experiment:
     run_eval: RunEval
 
     def fresh_state(self, params: Any = None) -> TrainState:
-        """The state before the first step, on the devices; `params` instead of newly drawn ones if given."""
-        if params is None:
-            params = init_params(self.model, self.config.seed)
-        return self.parallel.replicate(init_state(params, self.optimizer))
+        """The state before the first step, on the devices; `params` (consumed) instead of newly drawn ones if given."""
+
+        def build(params: Any) -> TrainState:
+            return init_state(init_params(self.model, self.config.seed) if params is None else params, self.optimizer)
+
+        # Built where it will live: no copy of it ever exists on the host.
+        return jax.jit(build, out_shardings=self.parallel.replicated, donate_argnums=0)(params)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its arrays."""
@@ -99,7 +102,8 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
     split = validation_split(cache)
     windows = evaluation_batches(cache, split, model.block_size, batch_size, config.train.eval_batches)
     mine = slice(jax.process_index() * batch_size // hosts, (jax.process_index() + 1) * batch_size // hosts)
-    chunk = config.train.loss_chunk
+    # Small chunks save memory where it is slow to fault in, large ones keep an accelerator busy.
+    chunk = config.train.loss_chunk or (256 if jax.default_backend() == "cpu" else 4096)
     return Experiment(
         config=config,
         cache=cache,

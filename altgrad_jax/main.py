@@ -8,6 +8,11 @@ error, 130 / 143 interrupted (a checkpoint has been saved).
 
 from pathlib import Path
 
+from altgrad_jax.allocator import restart_with_large_pages
+
+if __name__ == "__main__":
+    restart_with_large_pages()
+
 import jax
 from absl import flags
 

@@ -8,6 +8,7 @@ H heads, D head width, V vocabulary, N tokens (B * T).
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,16 @@ class GPTConfig:
         return jnp.dtype(self.compute_dtype)
 
 
-def attention_implementation(config: GPTConfig) -> str:
+Implementation = Literal["xla", "cudnn"]
+
+
+def attention_implementation(config: GPTConfig) -> Implementation:
     """Resolves `attention="auto"`: "cudnn" (flash attention) where the device and the shapes allow it, else "xla".
 
     cuDNN's kernel takes 16-bit operands and head widths that are multiples of 8 up to 128.
     """
     if config.attention != "auto":
-        return config.attention
+        return cast(Implementation, config.attention)
     fits = config.dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
     return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
 
@@ -137,6 +141,10 @@ class Attention(nnx.Module):
         return self.proj(y.reshape(x_BTC.shape)), k_BSHD, v_BSHD
 
 
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
 class MLP(nnx.Module):
     """Two dense layers around a tanh-GELU, four times as wide inside."""
 
@@ -147,7 +155,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTC: Array) -> Array:
         """[B, T, C] -> [B, T, C]."""
-        return self.down(jax.nn.gelu(self.up(x_BTC), approximate=True))
+        # Recomputed backward: a few operations an element, against keeping two more arrays four times the width.
+        return self.down(jax.checkpoint(_gelu)(self.up(x_BTC)))
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

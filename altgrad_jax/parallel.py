@@ -43,11 +43,6 @@ class DataParallel:
         """Sharding of an array that every local device holds whole."""
         return NamedSharding(self._mesh, PartitionSpec())
 
-    def replicate(self, tree: Any) -> Any:
-        """Puts a copy of every leaf on every local device; the caller's arrays stay its own."""
-        # device_put may alias its input, which donation would then delete under the caller's hands.
-        return jax.device_put(jax.tree.map(lambda x: np.array(x), tree), self.replicated)
-
     def abstract(self, tree: Any) -> Any:
         """Shapes and dtypes with the sharding that `replicate` gives."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), tree)

@@ -20,7 +20,14 @@ from altgrad_jax import __version__
 from altgrad_jax.data.cache import TokenCache
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy", "ml-collections")
-ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "TF_CPP_VMODULE")
+ENVIRONMENT = (
+    "XLA_FLAGS",
+    "GLIBC_TUNABLES",
+    "LIBTPU_INIT_ARGS",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "TF_CPP_VMODULE",
+)
 ENVIRONMENT_PREFIXES = ("JAX_", "XLA_PYTHON_CLIENT_", "NCCL_")
 
 

@@ -40,11 +40,7 @@ def model_structure(config: GPTConfig) -> Any:
 
 def init_params(config: GPTConfig, seed: int) -> Any:
     """Freshly drawn parameters, a pure nested dict."""
-
-    def draw() -> Any:
-        return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
-
-    return jax.jit(draw)()
+    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

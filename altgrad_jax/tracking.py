@@ -37,7 +37,7 @@ def json_value(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[Record]:
     """All records of a metrics file, floats restored; a torn last line (the process was killed) is left out."""
-    records = []
+    records: list[Record] = []
     if not path.exists():
         return records
     lines = path.read_text().split("\n")
@@ -114,7 +114,6 @@ class Wandb:
         Raises:
           UserError: W&B is not installed, or online without a login.
         """
-        self._run = None
         try:
             import wandb
         except ImportError as e:
@@ -147,7 +146,8 @@ class Wandb:
             )
         except wandb.errors.Error as e:
             raise UserError(
-                f"W&B could not start ({str(e).strip().splitlines()[0]}); --config.tracking.wandb=offline needs no network"
+                f"W&B could not start ({str(e).strip().splitlines()[0]});"
+                " --config.tracking.wandb=offline needs no network"
             ) from e
         # W&B's own step must never go back, but a resumed run repeats steps; so the step is a metric like others.
         self._run.define_metric("*", step_metric="step")

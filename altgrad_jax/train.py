@@ -229,8 +229,8 @@ def _refuse_ended(workdir: Workdir) -> None:
     summary = workdir.read_json("summary.json")
     if summary is not None and summary["status"] == "diverged":
         raise UserError(
-            f"the run in {workdir.path} diverged at step {summary['step']}; change the settings and use a new --workdir,"
-            f" from its last good weights with --config.checkpoint.restore_from={workdir.path}"
+            f"the run in {workdir.path} diverged at step {summary['step']}; change the settings and use a new"
+            f" --workdir, from its last good weights with --config.checkpoint.restore_from={workdir.path}"
         )
 
 

@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.log_every = 1
     config.train.eval_every = 100
     config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation
-    config.train.loss_chunk = 512  # tokens whose logits exist at once, per device
+    config.train.loss_chunk = 0  # tokens whose logits exist at once, per device; 0: 256 on a CPU, else 4096
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"

@@ -121,8 +121,8 @@ def evaluation_batches(
     count = min(batches, len(windows) // batch_size)
     if count < 1:
         raise UserError(
-            f"the {split} split of {cache.header.source.name!r} has {len(windows)} windows of {block_size} tokens, fewer"
-            f" than a batch of {batch_size}; lower config.train.batch_size or config.model.block_size"
+            f"the {split} split of {cache.header.source.name!r} has {len(windows)} windows of {block_size} tokens,"
+            f" fewer than a batch of {batch_size}; lower config.train.batch_size or config.model.block_size"
         )
     chosen = np.linspace(0, len(windows) - 1, count * batch_size).round().astype(int)
     return [np.stack([windows[i] for i in rows]) for rows in chosen.reshape(count, batch_size)]

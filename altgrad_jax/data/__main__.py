@@ -1,0 +1,129 @@
+"""Prepares and shows corpora.
+
+    python -m altgrad_jax.data prepare --name=eurlex [--source=DIR]     # EUR-Lex into TFDS and the token cache
+    python -m altgrad_jax.data show    --name=eurlex                    # counts, sizes, a sample
+    python -m altgrad_jax.data batch   --workdir=runs/quick --step=17   # the documents that a training step saw
+
+`prepare` without --source downloads EUR-Lex (EURLEX57K, or --name=lexglue) and checks it against published hashes; with
+it, the same files are read from DIR. --tokenizer and --vocab_size must be those of the run's configuration; the
+defaults are those of configs/base.py.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from altgrad_jax import cli
+from altgrad_jax.data.batches import TrainBatches
+from altgrad_jax.data.cache import TokenCache, open_cache
+from altgrad_jax.data.corpus import EURLEX_CONFIGS, find_source, open_corpus
+from altgrad_jax.data.documents import Source
+from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.workdir import read_json
+
+NAMES = ("eurlex", *EURLEX_CONFIGS, "embedded", "files")
+NAME = flags.DEFINE_enum("name", "eurlex", NAMES, "The corpus; eurlex: the one found in --source, else EURLEX57K.")
+SOURCE = flags.DEFINE_string("source", None, "Folder with local copies of the corpus's files; downloads nothing.")
+PATH = flags.DEFINE_string("path", None, "For --name=files: a .txt, .jsonl or .jsonl.gz file, or a folder of them.")
+DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/altgrad_jax", "Where prepared corpora and token caches are kept.")
+TOKENIZER = flags.DEFINE_enum("tokenizer", "auto", ("auto", "bpe", "bytes", "gpt2"), "The tokenizer.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 50257, "Entries the tokenizer may use.", lower_bound=1)
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Prepare again what is prepared already.")
+WORKDIR = flags.DEFINE_string("workdir", None, "For batch: the run's work directory.")
+STEP = flags.DEFINE_integer("step", None, "For batch: the step, counted from 1 as in metrics.jsonl.", lower_bound=1)
+
+
+def prepare(console: Console) -> None:
+    """Makes the corpus and its token cache ready, then shows them."""
+    if NAME.value in ("eurlex", *EURLEX_CONFIGS):
+        from altgrad_jax.data import eurlex
+
+        config = EURLEX_CONFIGS.get(NAME.value)
+        data_dir = Path(DATA_DIR.value).expanduser()
+        source = None if SOURCE.value is None else Path(SOURCE.value).expanduser()
+        eurlex.prepare(data_dir, config, source, overwrite=OVERWRITE.value)
+    elif SOURCE.value:
+        raise UsageError(f"--source is for EUR-Lex; for --name={NAME.value} use --path")
+    show(console)
+
+
+def _data_config() -> ConfigDict:
+    data = {"name": NAME.value, "cache": None, "data_dir": DATA_DIR.value, "path": PATH.value}
+    data |= {"tokenizer": TOKENIZER.value, "vocab_size": VOCAB_SIZE.value}
+    return ConfigDict({"data": data, "model": {"vocab_size": VOCAB_SIZE.value}})
+
+
+def show(console: Console) -> None:
+    """Counts and sizes of a corpus, a sample of its text, and its tokens (built if they are not there)."""
+    if NAME.value == "files" and not PATH.value:
+        raise UsageError("--name=files needs --path")
+    cache = open_corpus(_data_config())
+    header = cache.header
+    console.print(f"{header.source.name}: {header.source.description}")
+    console.print(f"tokenizer {header.tokenizer.kind}, {cache.vocab_size} tokens; data hash {cache.sha256}")
+    table = Table("split", "documents", "bytes", "tokens", "bytes/token", "unigram entropy", "entropy floor")
+    for split in header.splits:
+        floor = cache.entropy_floor(split.name)
+        table.add_row(
+            split.name,
+            f"{split.documents:,}",
+            f"{split.utf8_bytes:,}",
+            f"{split.tokens:,}",
+            f"{split.utf8_bytes / split.tokens:.2f}",
+            f"{split.unigram_nats:.4f}",
+            "unknown" if floor is None else f"{floor:.4f}",
+        )
+    console.print(table)
+    console.print("entropies in nats per token")
+    source = find_source(NAME.value, DATA_DIR.value, PATH.value)
+    if source is not None:
+        _show_sample(console, source)
+    console.print(f"token cache {cache.path}")
+
+
+def _show_sample(console: Console, source: Source) -> None:
+    document = next(iter(source.documents("train")))
+    labels = f", labels {' '.join(document.labels)}" if document.labels else ""
+    console.print(f"\nfirst training document, {document.id}{labels}:")
+    console.print(document.text[:600] + ("..." if len(document.text) > 600 else ""), markup=False)
+    console.print()
+
+
+def batch(console: Console) -> None:
+    """The windows and documents that one training step of a run saw."""
+    if WORKDIR.value is None or STEP.value is None:
+        raise UsageError("batch needs --workdir and --step")
+    manifest = read_json(Path(WORKDIR.value).expanduser() / "manifest.json")
+    if manifest is None:
+        raise UserError(f"{WORKDIR.value} holds no manifest.json; give a run's work directory")
+    cache = _cache_of(manifest)
+    config = manifest["config"]
+    batches = TrainBatches(cache, config["model"]["block_size"], config["train"]["batch_size"], config["seed"])
+    table = Table("window", "tokens", "documents")
+    pairs = zip(batches.windows_of(STEP.value - 1), batches.documents_of(STEP.value - 1), strict=True)
+    for window, documents in pairs:
+        start = window * batches.block_size
+        table.add_row(str(window), f"{start} to {start + batches.block_size}", " ".join(documents))
+    console.print(f"step {STEP.value}, epoch {batches.epoch_of(STEP.value - 1):.3f}, data {cache.sha256[:12]}")
+    console.print(table)
+
+
+def _cache_of(manifest: dict) -> TokenCache:
+    cache = open_cache(manifest["corpus"]["cache"])
+    if cache.sha256 != manifest["corpus"]["sha256"]:
+        raise UserError(f"{cache.path} holds other data than the run was trained on; find the cache it names by hash")
+    return cache
+
+
+def main(command: str) -> int:
+    """Runs a command."""
+    cli.quiet_libraries()
+    {"prepare": prepare, "show": show, "batch": batch}[command](Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_command(main, ("prepare", "show", "batch"))

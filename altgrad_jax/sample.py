@@ -1,0 +1,139 @@
+"""Generates text from a trained run.
+
+    python -m altgrad_jax.sample --workdir=runs/quick --prompt="Article 1" [--temperature=0.8] [--top_k=50]
+
+Temperature 0 takes the likeliest token every time. The prompt's last block_size - tokens tokens are kept: the positions
+are learned, so prompt and text together cannot be longer than the block.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from altgrad_jax import checkpoint, cli
+from altgrad_jax.data.cache import TokenCache, open_cache
+from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.model import GPTConfig, KVCache, gpt_config
+from altgrad_jax.state import init_params, model_structure
+from altgrad_jax.workdir import read_json
+
+Array = jax.Array
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default the newest.")
+PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty: the beginning of a document.")
+TOKENS = flags.DEFINE_integer("tokens", 100, "Tokens to generate.", lower_bound=1)
+SAMPLES = flags.DEFINE_integer("samples", 1, "Texts to generate.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 takes the likeliest.", lower_bound=0.0)
+TOP_K = flags.DEFINE_integer("top_k", 50, "Draw from the k likeliest tokens; 0: from all.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+
+
+def draw(logits_BV: Array, key: Array, temperature: Array | float, top_k: int, vocab_size: int) -> Array:
+    """One token for each row of logits, int32.
+
+    Args:
+      logits_BV: float32.
+      key: PRNG key.
+      temperature: divides the logits; 0 takes the largest.
+      top_k: only the k largest logits can be drawn; 0 for no limit.
+      vocab_size: ids from here on are not in the tokenizer and never drawn.
+    """
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
+    if top_k:
+        smallest_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
+    drawn_B = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature == 0, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "tokens", "top_k", "vocab_size"))
+def generate(
+    graphdef: Any,
+    params: Any,
+    prompt_BT: Array,
+    key: Array,
+    temperature: Array | float,
+    *,
+    tokens: int,
+    top_k: int,
+    vocab_size: int,
+) -> Array:
+    """Continues every prompt by `tokens` tokens, [B, tokens] int32, with a key-value cache.
+
+    The prompt is read in one pass, then each step decodes one token. `prompt_BT.shape[1] + tokens` is at most
+    block_size + 1: the last token drawn is not read.
+    """
+    model = nnx.merge(graphdef, params, copy=True)
+
+    def next_token(carry, key):
+        logits_BV, cache = carry
+        token_B = draw(logits_BV, key, temperature, top_k, vocab_size)
+        return model.decode(token_B[:, None], cache), token_B
+
+    start = model.decode(prompt_BT, KVCache.empty(model.config, prompt_BT.shape[0]))
+    keys = jax.random.split(key, tokens)
+    (logits_BV, _), drawn_TB = jax.lax.scan(next_token, start, keys[:-1])
+    last_B = draw(logits_BV, keys[-1], temperature, top_k, vocab_size)
+    return jnp.concatenate([drawn_TB, last_B[None]]).T
+
+
+def load_run(workdir: str, step: int | None) -> tuple[GPTConfig, Any, TokenCache, int]:
+    """The model's shape, its parameters, the run's token cache and the checkpoint's step.
+
+    Raises:
+      UserError: the folder holds no run, or its checkpoint or cache is missing or damaged.
+    """
+    manifest = read_json(Path(workdir).expanduser() / "manifest.json")
+    if manifest is None:
+        raise UserError(f"--workdir={workdir} holds no manifest.json; give a run's work directory")
+    config = manifest["config"]
+    model = gpt_config(config["model"], config["precision"]["compute"])
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_params(model, 0)),
+    )
+    params, found, _ = checkpoint.read_params(workdir if step is None else f"{workdir}@{step}", like)
+    return model, params, open_cache(manifest["corpus"]["cache"]), found
+
+
+def main() -> int:
+    """Prints the texts."""
+    cli.quiet_libraries()
+    if WORKDIR.value is None:
+        raise UsageError("--workdir is missing: the work directory of a run")
+    model, params, cache, step = load_run(WORKDIR.value, STEP.value)
+    tokenizer = cache.tokenizer()
+    room = model.block_size - TOKENS.value + 1
+    if room < 1:
+        raise UsageError(f"--tokens={TOKENS.value} is more than the model's block of {model.block_size} can hold")
+    # An empty prompt begins where documents begin: after the end of another.
+    prompt = list(tokenizer.encode(PROMPT.value)) or [tokenizer.end_of_text]
+    prompt_BT = jnp.asarray(np.tile(np.array(prompt[-room:], np.int32), (SAMPLES.value, 1)))
+    drawn = generate(
+        model_structure(model),
+        params,
+        prompt_BT,
+        jax.random.key(SEED.value),
+        TEMPERATURE.value,
+        tokens=TOKENS.value,
+        top_k=TOP_K.value,
+        vocab_size=cache.vocab_size,
+    )
+    print(f"step {step}, temperature {TEMPERATURE.value}, top_k {TOP_K.value}, seed {SEED.value}")
+    for row in np.asarray(drawn):
+        end = np.flatnonzero(row == tokenizer.end_of_text)
+        print("---")
+        print(PROMPT.value + tokenizer.decode(row[: end[0]] if end.size else row))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
