@@ -88,5 +88,5 @@ def get_config(variant: str = "") -> ConfigDict:
 def _make_quick(config: ConfigDict) -> None:
     """Shrinks every size so that the run takes about a minute on two CPU cores."""
     config.model.update(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=1024)
-    config.train.update(steps=400, batch_size=16, eval_every=50, eval_batches=8)
+    config.train.update(steps=300, batch_size=16, eval_every=50, eval_batches=8)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=40)

@@ -1,7 +1,7 @@
 """The BF16 baseline that every number format is compared with.
 
     python -m altgrad_jax.main --config=configs/bf16.py          # 2000 steps, 30 M parameters; a GPU job
-    python -m altgrad_jax.main --config=configs/bf16.py:quick    # 400 steps, 0.9 M parameters; a minute on 2 CPU cores
+    python -m altgrad_jax.main --config=configs/bf16.py:quick    # 300 steps, 0.9 M parameters; a minute on 2 CPU cores
 
 Expect: see "What a run looks like" in the README and docs/results/baseline.md for measured losses and times.
 """

@@ -9,6 +9,7 @@ it, the same files are read from DIR. --tokenizer and --vocab_size must be those
 defaults are those of configs/base.py.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -51,7 +52,7 @@ def prepare(console: Console) -> None:
 
 
 def _data_config() -> ConfigDict:
-    data = {"name": NAME.value, "cache": None, "data_dir": DATA_DIR.value, "path": PATH.value}
+    data: dict[str, str | int | None] = {"name": NAME.value, "cache": None, "data_dir": DATA_DIR.value, "path": PATH.value}
     data |= {"tokenizer": TOKENIZER.value, "vocab_size": VOCAB_SIZE.value}
     return ConfigDict({"data": data, "model": {"vocab_size": VOCAB_SIZE.value}})
 
@@ -64,7 +65,7 @@ def show(console: Console) -> None:
     header = cache.header
     console.print(f"{header.source.name}: {header.source.description}")
     console.print(f"tokenizer {header.tokenizer.kind}, {cache.vocab_size} tokens; data hash {cache.sha256}")
-    table = Table("split", "documents", "bytes", "tokens", "bytes/token", "unigram entropy", "entropy floor")
+    table = Table("split", "documents", "bytes", "tokens", "bytes/token", "unigram", "floor")
     for split in header.splits:
         floor = cache.entropy_floor(split.name)
         table.add_row(
@@ -77,7 +78,7 @@ def show(console: Console) -> None:
             "unknown" if floor is None else f"{floor:.4f}",
         )
     console.print(table)
-    console.print("entropies in nats per token")
+    console.print("unigram entropy and entropy floor in nats per token")
     source = find_source(NAME.value, DATA_DIR.value, PATH.value)
     if source is not None:
         _show_sample(console, source)
@@ -121,7 +122,7 @@ def _cache_of(manifest: dict) -> TokenCache:
 def main(command: str) -> int:
     """Runs a command."""
     cli.quiet_libraries()
-    {"prepare": prepare, "show": show, "batch": batch}[command](Console(highlight=False, soft_wrap=True))
+    {"prepare": prepare, "show": show, "batch": batch}[command](Console(highlight=False, width=None if sys.stdout.isatty() else 120))
     return 0
 
 
