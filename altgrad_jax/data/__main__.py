@@ -52,8 +52,8 @@ def prepare(console: Console) -> None:
 
 
 def _data_config() -> ConfigDict:
-    data: dict[str, str | int | None] = {"name": NAME.value, "cache": None, "data_dir": DATA_DIR.value, "path": PATH.value}
-    data |= {"tokenizer": TOKENIZER.value, "vocab_size": VOCAB_SIZE.value}
+    data: dict[str, str | int | None] = {"name": NAME.value, "path": PATH.value, "data_dir": DATA_DIR.value}
+    data |= {"cache": None, "tokenizer": TOKENIZER.value, "vocab_size": VOCAB_SIZE.value}
     return ConfigDict({"data": data, "model": {"vocab_size": VOCAB_SIZE.value}})
 
 
@@ -122,7 +122,8 @@ def _cache_of(manifest: dict) -> TokenCache:
 def main(command: str) -> int:
     """Runs a command."""
     cli.quiet_libraries()
-    {"prepare": prepare, "show": show, "batch": batch}[command](Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    {"prepare": prepare, "show": show, "batch": batch}[command](console)
     return 0
 
 
