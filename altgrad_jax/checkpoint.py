@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from altgrad_jax import integrity
 from altgrad_jax.errors import UserError
@@ -154,9 +155,11 @@ class Checkpoints:
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of Orbax's way and keeps it for inspection."""
         folder = self._folder.parent / "damaged"
-        folder.mkdir(exist_ok=True)
         target = next(p for i in range(10**6) if not (p := folder / f"{step}.{i}").exists())
-        shutil.move(self._folder / str(step), target)
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            shutil.move(self._folder / str(step), target)
+        multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._manager.reload()
         return target
 

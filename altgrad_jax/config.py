@@ -26,7 +26,8 @@ CHOICES = {
 AT_LEAST_ONE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_size"),
     *("train.steps", "train.batch_size", "train.grad_accumulation", "train.log_every", "train.eval_every"),
-    *("train.eval_batches", "checkpoint.every", "checkpoint.max_to_keep", "stability.nan_patience"),
+    *("train.eval_batches", "checkpoint.every", "checkpoint.max_to_keep"),
+    *("stability.nan_patience", "parallel.hosts"),
 )
 NOT_NEGATIVE = (
     *(
@@ -37,7 +38,7 @@ NOT_NEGATIVE = (
         "optimizer.warmup_steps",
         "optimizer.decay_steps",
     ),
-    *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices"),
+    *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices", "parallel.host"),
 )
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2")
 
@@ -113,6 +114,10 @@ def _cross_field_violations(config: ConfigDict) -> Iterator[str]:
             f"config.data.vocab_size={data.vocab_size} is larger than config.model.vocab_size={model.vocab_size};"
             " raise the model's or lower the tokenizer's"
         )
+    if config.parallel.host >= config.parallel.hosts:
+        yield f"config.parallel.host={config.parallel.host} must be below config.parallel.hosts={config.parallel.hosts}"
+    if config.parallel.hosts > 1 and not config.parallel.coordinator:
+        yield f"config.parallel.hosts={config.parallel.hosts} needs config.parallel.coordinator, host:port of process 0"
     if data.name == "files" and not data.path and not data.cache:
         yield "config.data.name=files needs config.data.path, a text file or a folder of them"
     if data.path and data.name != "files":

@@ -11,9 +11,12 @@ from rich.table import Table
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, at most one line so often, evaluations apart
 
 
-def make_console() -> RichConsole:
-    """A console that neither colours nor wraps when its output is not a terminal."""
-    return RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
+PLAIN_WIDTH = 140
+
+
+def make_console(quiet: bool = False) -> RichConsole:
+    """A console without colours and of a fixed width when its output is not a terminal; `quiet` prints nothing."""
+    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH, quiet=quiet)
 
 
 def print_header(console: RichConsole, title: str, facts: dict[str, str]) -> None:
@@ -73,6 +76,9 @@ class ConsoleSink:
             return ""
         seconds = (time.monotonic() - self._started) / done * (self._total - step)
         return f"eta {int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+    def sync(self) -> None:
+        """Nothing is held back."""
 
     def close(self, status: str) -> None:
         """Takes the bar down."""

@@ -45,8 +45,9 @@ def init_params(config: GPTConfig, seed: int) -> Any:
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), nonfinite_steps=zero)
+    # Two zeros, not one: a state is donated to the step, and one buffer cannot be donated twice.
+    step, nonfinite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step=step, params=params, opt_state=optimizer.init(params), nonfinite_steps=nonfinite_steps)
 
 
 def leaf_names(tree: Any) -> list[str]:

@@ -23,6 +23,10 @@ class Sink(Protocol):
         """Takes a record: `step` and slash-named scalars."""
         ...
 
+    def sync(self) -> None:
+        """Makes what was logged safe; called before a checkpoint that it belongs to."""
+        ...
+
     def close(self, status: str) -> None:
         """The run ended, as `finished`, `interrupted`, `diverged` or `failed`."""
         ...
@@ -90,7 +94,7 @@ class MetricsFile:
             raise UserError(f"{self._path} cannot be written: {e.strerror}; the older checkpoints are whole") from e
 
     def sync(self) -> None:
-        """Returns when all lines are on disk; called before a checkpoint that they belong to."""
+        """Returns when all lines are on disk."""
         os.fsync(self._file.fileno())
 
     def close(self, status: str) -> None:
@@ -155,6 +159,9 @@ class Wandb:
     def log(self, record: Record) -> None:
         """Queues a record."""
         self._run.log(record)
+
+    def sync(self) -> None:
+        """W&B writes by itself, and metrics.jsonl is the truth."""
 
     def close(self, status: str) -> None:
         """Finishes the run and waits for what is queued."""

@@ -26,6 +26,7 @@ from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.errors import UserError
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.model import parameter_counts
+from altgrad_jax.parallel import any_host_stops, is_primary
 from altgrad_jax.stability import DivergenceWatch, healthy
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, json_value, read_metrics
@@ -60,7 +61,8 @@ def train(config: ConfigDict, workdir_path: str) -> int:
       UserError: anything the user can mend; nothing of an earlier session is lost.
     """
     with ExitStack() as cleanup:
-        workdir = Workdir(workdir_path)
+        primary = is_primary()
+        workdir = Workdir(workdir_path, lock=primary)
         cleanup.callback(workdir.close)
         _refuse_ended(workdir)
         exp = experiment.build(config, open_corpus(config))
@@ -69,19 +71,14 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         run_identity = provenance.identity(config, exp.cache)
         start = _start(exp, checkpoints, run_identity)
 
-        console = make_console()
+        console = make_console(quiet=not primary)
         if start.step >= config.train.steps:
             console.print(f"already finished: {workdir.path} is at step {start.step} of {config.train.steps}")
             return 0
         manifest = _write_manifest(workdir, exp, run_identity, start)
         print_header(console, f"altgrad_jax {config.tracking.name}", _header(exp, workdir, start))
-        metrics = MetricsFile(workdir.metrics, start.step)
-        sinks: list[Sink] = [metrics, ConsoleSink(console, start.step, config.train.steps)]
-        if config.tracking.wandb != "disabled":
-            settings = config.tracking
-            sinks.append(Wandb(settings, workdir.path, manifest["run_id"], provenance.config_dict(config)))
-
-        loop = Loop(exp, checkpoints, metrics, sinks, start, run_identity)
+        sinks = _sinks(workdir, console, config, start, manifest) if primary else []
+        loop = Loop(exp, checkpoints, sinks, start, run_identity)
         status = "failed"
         try:
             with GracefulStop() as stop:
@@ -90,7 +87,8 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         finally:
             for sink in sinks:
                 sink.close(status)
-            _write_summary(workdir, loop, status)
+            if primary:
+                _write_summary(workdir, loop, status)
         _print_end(console, workdir, loop, status)
         return {"finished": 0, "interrupted": stop.exit_code}.get(status, 1)
 
@@ -102,14 +100,13 @@ class Loop:
         self,
         exp: experiment.Experiment,
         checkpoints: checkpoint.Checkpoints,
-        metrics: MetricsFile,
         sinks: list[Sink],
         start: Start,
         run_identity: dict[str, Any],
     ):
         self.exp, self.state, self.step = exp, start.state, start.step
         self.compile_seconds = 0.0
-        self._checkpoints, self._metrics, self._sinks = checkpoints, metrics, sinks
+        self._checkpoints, self._sinks = checkpoints, sinks
         self._identity = run_identity
         self._began, self._earlier_seconds = time.monotonic(), start.seconds
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
@@ -142,7 +139,8 @@ class Loop:
 
             last = self.step == config.train.steps
             evaluates = last or self.step % config.train.eval_every == 0
-            saves = last or self.step % config.checkpoint.every == 0 or stop.requested
+            stops = any_host_stops(self.step, stop.requested)
+            saves = last or self.step % config.checkpoint.every == 0 or stops
             if not (evaluates or saves):
                 continue
             record = self._fetch(*previous)
@@ -154,7 +152,7 @@ class Loop:
                     return "diverged"
                 if saves:
                     self._save(record)
-            if stop.requested and not last:
+            if stops and not last:
                 return "interrupted"
         return "finished"
 
@@ -191,7 +189,8 @@ class Loop:
         if not healthy(record):
             log.warning("no checkpoint at step %d: its loss or gradient is not finite", self.step)
             return
-        self._metrics.sync()
+        for sink in self._sinks:
+            sink.sync()
         iterator = {"next_step": self.step, "epoch": self.exp.batches.epoch_of(self.step)}
         manifest = {"identity": self._identity, "seconds": self.seconds}
         self._checkpoints.save(self.step, self.exp.parallel.to_global(self.state), iterator, manifest)
@@ -222,6 +221,14 @@ class Meter:
         self._step = step
         self.restart()
         return rate
+
+
+def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:
+    """Where this run's records go."""
+    sinks: list[Sink] = [MetricsFile(workdir.metrics, start.step)]
+    if config.tracking.wandb != "disabled":
+        sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"]))
+    return [*sinks, ConsoleSink(console, start.step, config.train.steps)]
 
 
 def _refuse_ended(workdir: Workdir) -> None:
@@ -263,8 +270,9 @@ def _write_manifest(workdir: Workdir, exp: experiment.Experiment, run_identity: 
         "corpus": provenance.corpus(exp.cache),
         "sessions": [*sessions, provenance.session(start.step) | {"origin": start.origin}],
     }
-    workdir.write_json("manifest.json", manifest)
-    workdir.write_json("config.json", manifest["config"])
+    if is_primary():
+        workdir.write_json("manifest.json", manifest)
+        workdir.write_json("config.json", manifest["config"])
     return manifest
 
 

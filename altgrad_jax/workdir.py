@@ -19,8 +19,10 @@ class Workdir:
       path: the folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], lock: bool = True):
         """Creates the folder if needed and locks it until `close` or the end of the process.
+
+        Of several processes that train together in one folder, one locks it for all.
 
         Raises:
           UserError: the folder cannot be written, or another process trains in it.
@@ -31,6 +33,8 @@ class Workdir:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as e:
             raise UserError(f"--workdir={path} cannot be written: {e.strerror}; choose another folder") from e
+        if not lock:
+            return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,6 +28,7 @@ SIZES = {
     "quick_1M": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 1024}, 16, 40),
     "tiny": ({"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 512}, 8, 200),
 }
+FIXED = {"dropout": 0.0, "bias": False, "tie_embeddings": True, "attention": "auto"}
 
 
 def main() -> None:
@@ -127,10 +128,10 @@ def time_torch(size: str) -> dict:
     """Median seconds of the PyTorch step."""
     from torch_gpt import seconds_per_step
 
-    from altgrad_jax.model import GPTConfig
+    from altgrad_jax.model import gpt_config
 
     model, batch, steps = SIZES[size]
-    times = seconds_per_step(GPTConfig(**model), batch, steps + 1)
+    times = seconds_per_step(gpt_config(model | FIXED, "float32"), batch, steps + 1)
     return {"seconds": statistics.median(times[1:]), "peak_bytes": _peak_bytes()}
 
 
@@ -164,7 +165,7 @@ def time_loop(size: str) -> dict:
 
             checkpoints = Checkpoints(Path(folder) / f"checkpoints{turn}", max_to_keep=3)
             metrics_file = MetricsFile(Path(folder) / f"{turn}.jsonl", 0)
-            session = Loop(exp, checkpoints, metrics_file, [metrics_file], Start(state, 0, 0.0, ""), {})
+            session = Loop(exp, checkpoints, [metrics_file], Start(state, 0, 0.0, ""), {})
             with GracefulStop() as stop:
                 session.run(stop)
             state = session.state
@@ -216,6 +217,7 @@ def time_loss(chunk: int) -> dict:
     targets_N = jax.random.randint(keys[2], (tokens,), 0, vocab)
     run = jax.jit(jax.value_and_grad(chunked if chunk else plain, argnums=(0, 1)))
     compiled = run.lower(hidden_NC, w_CV, targets_N).compile()
+    memory = compiled.memory_analysis()
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -223,7 +225,7 @@ def time_loss(chunk: int) -> dict:
         times.append(time.perf_counter() - began)
     return {
         "seconds": round(statistics.median(times), 3),
-        "temporary_MB": round(compiled.memory_analysis().temp_size_in_bytes / 1e6),
+        "temporary_MB": round(memory.temp_size_in_bytes / 1e6) if memory else None,
         "process_peak_MB": round(_peak_bytes() / 1e6),
     }
 

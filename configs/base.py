@@ -74,6 +74,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.devices = 0  # local devices to use; 0: all
+    config.parallel.coordinator = config_dict.placeholder(str)  # host:port of process 0, to train in several processes
+    config.parallel.hosts = 1  # how many processes
+    config.parallel.host = 0  # which of them this is
 
     config.runtime = ConfigDict()
     config.runtime.compilation_cache = config_dict.placeholder(str)  # folder of compiled programs
