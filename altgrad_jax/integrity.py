@@ -24,16 +24,22 @@ def _words(x: Array) -> Array:
     return bits.reshape(-1).astype(jnp.uint32)
 
 
+def _mix(words: Array) -> Array:
+    """One round of the lowbias32 hash: a one-to-one map of uint32 that spreads every bit over higher and lower ones."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)
+    return words ^ (words >> 15)
+
+
 def leaf_checksum(x: Array) -> Array:
-    """Two uint32 sums modulo 2^32: of a mixed form of every word, and of the same weighted by an odd number.
+    """Two uint32 sums modulo 2^32: of a mixed form of every word, and of the same weighted by a mixed form of its index.
 
     The first sees every single changed word, since the mixing is one-to-one; the second, whose weights differ from
-    place to place, sees words that changed places.
+    place to place, sees words that changed places, but for a chance of one in millions. (Weights that grow with the
+    index would not do: those of places a power of two apart, such as two halves of an array, differ by a power of two,
+    and the product loses as many bits.)
     """
-    words = _words(x)
-    mixed = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)  # one round of the lowbias32 hash, a bijection
-    mixed = mixed ^ (mixed >> 15)
-    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    mixed = _mix(_words(x))
+    weights = _mix(jnp.arange(mixed.size, dtype=jnp.uint32))
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * weights, dtype=jnp.uint32)])
 
 

@@ -102,8 +102,8 @@ def devices() -> dict[str, Any]:
     }
 
 
-def corpus(cache: TokenCache) -> dict[str, Any]:
-    """The data and the tokenizer, by name, size and hash."""
+def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
+    """The data and the tokenizer, by name, size and hash; entropies, in nats per token, of the split evaluated on."""
     header = cache.header
     return {
         "sha256": cache.sha256,
@@ -116,6 +116,9 @@ def corpus(cache: TokenCache) -> dict[str, Any]:
             "vocab_size": header.tokenizer.vocab_size,
             "fingerprint": header.tokenizer.fingerprint,
         },
+        "eval_split": eval_split,
+        "unigram_nats": cache.split_header(eval_split).unigram_nats,
+        "entropy_floor": cache.entropy_floor(eval_split),
         "tokens": {split.name: split.tokens for split in header.splits},
     }
 

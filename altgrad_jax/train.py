@@ -7,12 +7,9 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 
 import logging
 import math
-import resource
-import secrets
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +22,11 @@ from altgrad_jax.console import ConsoleSink, make_console, print_header
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.errors import UserError
 from altgrad_jax.interrupt import GracefulStop
-from altgrad_jax.model import parameter_counts
 from altgrad_jax.parallel import any_host_stops, is_primary
+from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, healthy
 from altgrad_jax.state import TrainState, tree_sha256
-from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, json_value, read_metrics
+from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb
 from altgrad_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -75,20 +72,20 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         if start.step >= config.train.steps:
             console.print(f"already finished: {workdir.path} is at step {start.step} of {config.train.steps}")
             return 0
-        manifest = _write_manifest(workdir, exp, run_identity, start)
-        print_header(console, f"altgrad_jax {config.tracking.name}", _header(exp, workdir, start))
+        manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin)
+        print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         loop = Loop(exp, checkpoints, sinks, start, run_identity)
-        status = "failed"
         try:
             with GracefulStop() as stop:
                 status = loop.run(stop)
             checkpoints.wait()
-        finally:
-            for sink in sinks:
-                sink.close(status)
-            if primary:
-                _write_summary(workdir, loop, status)
+        except BaseException:
+            # On a full disk these fail too; the error to report is the one that ended the run.
+            with suppress(UserError, OSError):
+                _end(workdir, loop, sinks, "failed")
+            raise
+        _end(workdir, loop, sinks, status)
         _print_end(console, workdir, loop, status)
         return {"finished": 0, "interrupted": stop.exit_code}.get(status, 1)
 
@@ -257,85 +254,20 @@ def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_
     return Start(exp.fresh_state(params), 0, 0.0, f"the weights of step {step} in {where.parent}")
 
 
-def _write_manifest(workdir: Workdir, exp: experiment.Experiment, run_identity: dict, start: Start) -> dict[str, Any]:
-    """manifest.json and config.json; keeps the run's id and the list of its earlier sessions."""
-    before = workdir.read_json("manifest.json") if start.step else None
-    sessions = before["sessions"] if before else []
-    manifest = {
-        "run_id": before["run_id"] if before else secrets.token_hex(4),
-        "identity": run_identity,
-        "config": provenance.config_dict(exp.config),
-        "resolved": exp.resolved(),
-        "parameters": parameter_counts(exp.model),
-        "corpus": provenance.corpus(exp.cache),
-        "sessions": [*sessions, provenance.session(start.step) | {"origin": start.origin}],
-    }
+def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
+    """Closes the trackers and writes the summary."""
+    for sink in sinks:
+        sink.close(status)
     if is_primary():
-        workdir.write_json("manifest.json", manifest)
-        workdir.write_json("config.json", manifest["config"])
-    return manifest
-
-
-def _header(exp: experiment.Experiment, workdir: Workdir, start: Start) -> dict[str, str]:
-    """What the user sees before the first step."""
-    config, header, counts = exp.config, exp.cache.header, parameter_counts(exp.model)
-    validation = exp.cache.split_header(exp.eval_split)
-    floor = exp.cache.entropy_floor(exp.eval_split)
-    resolved, shape = exp.resolved(), config.model
-    facts = {
-        "work directory": str(workdir.path),
-        "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
-        f" {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings)",
-        "compute": f"{config.precision.compute}, attention {resolved['attention']}, {resolved['devices']}",
-        "corpus": f"{header.source.name}: {header.source.description}",
-        "tokenizer": resolved["tokenizer"],
-        "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in header.splits),
-        f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token"
-        + ("" if floor is None else f", floor {floor:.4f} (no model can expect less)"),
-        "steps": f"{start.step} to {config.train.steps}, {config.train.batch_size} windows each, from {start.origin}",
-        "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
-    }
-    return facts
-
-
-def _write_summary(workdir: Workdir, loop: Loop, status: str) -> None:
-    """summary.json: how the run stands; final values are those of the last logged step."""
-    records = read_metrics(workdir.metrics)
-    final: Record = {}
-    for record in records:
-        final |= record
-    exp = loop.exp
-    workdir.write_json(
-        "summary.json",
-        {
-            "status": status,
-            "step": loop.step,
-            "final": {key: json_value(value) for key, value in final.items()},
-            "best_val_loss": json_value(min((r["val/loss"] for r in records if "val/loss" in r), default=math.nan)),
-            "tokens_seen": loop.step * exp.config.train.batch_size * exp.model.block_size,
-            "seconds": round(loop.seconds, 3),
-            "compile_seconds": round(loop.compile_seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "parameter_sha256": tree_sha256(loop.state.params) if status == "finished" else None,
-        },
-    )
-
-
-def peak_memory_bytes() -> dict[str, int]:
-    """Most memory used so far: of this process on the host, and of the first device where it keeps count."""
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        memory["device"] = stats["peak_bytes_in_use"]
-    return memory
+        digest = tree_sha256(loop.state.params) if status == "finished" else None
+        write_summary(workdir, loop.exp, status, Progress(loop.step, loop.seconds, loop.compile_seconds, digest))
 
 
 def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> None:
-    minutes, seconds = divmod(int(loop.seconds), 60)
+    """The last line."""
+    minutes, seconds = divmod(int(progress.seconds), 60)
     saved = checkpoint.committed_steps(workdir.checkpoints)
     console.print(
-        f"{status} at step {loop.step} after {minutes}:{seconds:02d};"
+        f"{status} at step {progress.step} after {minutes}:{seconds:02d};"
         f" checkpoints {', '.join(map(str, saved)) or 'none'}; metrics in {workdir.metrics}"
     )

@@ -1,0 +1,121 @@
+"""What a run leaves to be read by people and programs: manifest.json, the header, summary.json."""
+
+import math
+import resource
+import secrets
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from altgrad_jax import provenance
+from altgrad_jax.experiment import Experiment
+from altgrad_jax.model import parameter_counts
+from altgrad_jax.parallel import is_primary
+from altgrad_jax.tracking import Record, json_value, read_metrics
+from altgrad_jax.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+      step: optimizer steps done.
+      seconds: wall time over all sessions.
+      compile_seconds: time of this session's first step, compilation included.
+      parameter_sha256: hash of the final parameters; None unless the run has finished.
+    """
+
+    step: int
+    seconds: float
+    compile_seconds: float
+    parameter_sha256: str | None
+
+
+def write_manifest(
+    workdir: Workdir, exp: Experiment, identity: dict[str, Any], step: int, origin: str
+) -> dict[str, Any]:
+    """Writes manifest.json and config.json as a session begins, and returns the manifest.
+
+    The run's id and the list of its sessions go on from an earlier manifest of the same run.
+
+    Args:
+      workdir: the run's folder.
+      exp: what is run.
+      identity: `provenance.identity` of it.
+      step: where the session begins.
+      origin: where its state came from, for people.
+    """
+    before = workdir.read_json("manifest.json")
+    if before is not None and before["identity"] != identity:
+        before = None  # another run began here and never saved anything
+    sessions = before["sessions"] if before else []
+    manifest = {
+        "run_id": before["run_id"] if before else secrets.token_hex(4),
+        "identity": identity,
+        "config": provenance.config_dict(exp.config),
+        "resolved": exp.resolved(),
+        "parameters": parameter_counts(exp.model),
+        "corpus": provenance.corpus(exp.cache, exp.eval_split),
+        "sessions": [*sessions, provenance.session(step) | {"origin": origin}],
+    }
+    if is_primary():
+        workdir.write_json("manifest.json", manifest)
+        workdir.write_json("config.json", manifest["config"])
+    return manifest
+
+
+def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[str, str]:
+    """What the user is shown before the first step."""
+    config, counts, cache = exp.config, parameter_counts(exp.model), exp.cache.header
+    validation = exp.cache.split_header(exp.eval_split)
+    floor = exp.cache.entropy_floor(exp.eval_split)
+    resolved, shape = exp.resolved(), config.model
+    return {
+        "work directory": str(workdir.path),
+        "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
+        f" {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings)",
+        "compute": f"{config.precision.compute}, attention {resolved['attention']}, {resolved['devices']}",
+        "corpus": f"{cache.source.name}: {cache.source.description}",
+        "tokenizer": resolved["tokenizer"],
+        "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in cache.splits),
+        f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token"
+        + ("" if floor is None else f", floor {floor:.4f} (no model can expect less)"),
+        "steps": f"{step} to {config.train.steps}, {config.train.batch_size} windows each, from {origin}",
+        "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
+    }
+
+
+def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Progress) -> None:
+    """Writes summary.json: how the run stands. Final values are the last logged of each name."""
+    records = read_metrics(workdir.metrics)
+    final: Record = {}
+    for record in records:
+        final |= record
+    workdir.write_json(
+        "summary.json",
+        {
+            "status": status,
+            "step": progress.step,
+            "final": {key: json_value(value) for key, value in final.items()},
+            "best_val_loss": json_value(min((r["val/loss"] for r in records if "val/loss" in r), default=math.nan)),
+            "tokens_seen": progress.step * exp.config.train.batch_size * exp.model.block_size,
+            "seconds": round(progress.seconds, 3),
+            "compile_seconds": round(progress.compile_seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameter_sha256": progress.parameter_sha256,
+        },
+    )
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """Most memory used so far: of this process on the host, and of the first device where it keeps count."""
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        memory["device"] = stats["peak_bytes_in_use"]
+    return memory

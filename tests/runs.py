@@ -1,0 +1,221 @@
+"""The main job, small enough for tests: a corpus of 150 kB, a model of 21 thousand parameters, half a second of steps.
+
+A `Lab` runs it in this process, in a process of its own, or many times over in forks of one process that has already
+imported it. Every lab has its own corpus, token cache and folder of compiled programs.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from altgrad_jax.config import load_sibling, validate
+from altgrad_jax.tracking import read_metrics
+from altgrad_jax.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY: dict[str, Any] = {
+    "model.n_layer": 1,
+    "model.n_embd": 32,
+    "model.n_head": 2,
+    "model.block_size": 32,
+    "model.vocab_size": 257,
+    "data.name": "files",
+    "data.tokenizer": "bytes",
+    "train.batch_size": 8,
+    "train.steps": 20,
+    "train.eval_every": 10,
+    "train.eval_batches": 2,
+    "optimizer.learning_rate": 3e-3,
+    "optimizer.warmup_steps": 5,
+    "checkpoint.every": 5,
+    "tracking.wandb": "disabled",
+}
+SECRET = "hunter2-5f0c1e"
+SECRETS = {"AWS_SECRET_ACCESS_KEY": SECRET, "WANDB_API_KEY": SECRET * 3, "HF_TOKEN": SECRET, "MY_JAX_TOKEN": SECRET}
+BITS = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+
+# Runs each case of a JSON list on stdin as the command line would, in a fork made after the slow imports.
+_FORKS = """
+import json, os, sys
+from altgrad_jax import cli, main
+for number, case in enumerate(json.load(sys.stdin)):
+    pid = os.fork()
+    if pid == 0:
+        for fd, name in (1, "out"), (2, "err"):
+            os.dup2(os.open(os.path.join(case["folder"], f"{number}.{name}"), os.O_CREAT | os.O_WRONLY), fd)
+        sys.argv = ["main", *case["arguments"]]
+        cli.run(main.main)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit status (negative: killed by that signal) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Lab:
+    """A corpus and what is built from it once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.corpus = folder / "corpus.txt"
+        if not self.corpus.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            draw = random.Random(0)
+            words = [
+                "the",
+                "member",
+                "states",
+                "shall",
+                "ensure",
+                "that",
+                "each",
+                "operator",
+                "of",
+                "goods",
+                "keeps",
+                "records",
+                "and",
+                "reports",
+            ]
+            paragraphs = (" ".join(draw.choices(words, k=120)) for _ in range(200))
+            self.corpus.write_text("\n\n".join(paragraphs))
+
+    def changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The tiny configuration as changes to configs/bf16.py; `changes` go on top."""
+        own = {
+            "data.path": str(self.corpus),
+            "data.data_dir": str(self.folder / "data"),
+            "runtime.compilation_cache": str(self.folder / "compiled"),
+        }
+        return TINY | own | dict(changes)
+
+    def arguments(self, workdir: Path, changes: Mapping[str, Any] = {}) -> list[str]:
+        """The main job's command line, after its name."""
+        flags = [f"--config.{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in self.changes(changes).items()]
+        return ["--config=configs/bf16.py", f"--workdir={workdir}", *flags]
+
+    def config(self, **changes: Any) -> ConfigDict:
+        """The same as a ConfigDict; keys with "__" for dots."""
+        config = load_sibling(str(ROOT / "configs" / "x"), "bf16").get_config()
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        config.update_from_flattened_dict(self.changes({"parallel.devices": 1} | dotted))
+        validate(config)
+        return config
+
+    def train(self, workdir: Path, **changes: Any) -> int:
+        """Runs in this process, on one device; returns the exit status."""
+        return train(self.config(**changes), str(workdir))
+
+    def start(
+        self,
+        workdir: Path,
+        changes: Mapping[str, Any] = {},
+        *,
+        devices: int = 1,
+        environment: Mapping[str, str | None] = {},
+        **popen: Any,
+    ) -> subprocess.Popen:
+        """Starts a process of its own, in its own process group, with so many virtual devices."""
+        command = [sys.executable, "-m", "altgrad_jax.main", *self.arguments(workdir, changes)]
+        variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={key: value for key, value in variables.items() if value is not None},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **popen,
+        )
+
+    def run(self, workdir: Path, changes: Mapping[str, Any] = {}, **options: Any) -> Ended:
+        """Runs a process of its own to its end; options as for `start`."""
+        return ended(self.start(workdir, changes, **options))
+
+    def run_forks(self, cases: Sequence[Sequence[str]]) -> list[Ended]:
+        """Runs the main job once for each list of arguments."""
+        folder = self.folder / "forks"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "HOME": str(folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", _FORKS],
+            input=json.dumps([{"arguments": list(case), "folder": str(folder)} for case in cases]),
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        codes = [int(line) for line in done.stdout.split()]
+        texts = [[(folder / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(cases))]
+        return [Ended(code, *text) for code, text in zip(codes, texts, strict=True)]
+
+
+def ended(process: subprocess.Popen, timeout: float = 120.0) -> Ended:
+    """Waits for the end."""
+    out, err = process.communicate(timeout=timeout)
+    return Ended(process.returncode, out, err)
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, timeout: float = 120.0) -> None:
+    """Returns when the run has logged a step."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        path = workdir / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run did not get to step {step}: {ended(process)}")
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to it and its children, and waits."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def bits(workdir: Path) -> list[tuple]:
+    """What must be equal to the bit between two runs that did the same: each logged step's values."""
+    return [tuple(record.get(name) for name in BITS) for record in read_metrics(workdir / "metrics.jsonl")]
+
+
+def train_losses(workdir: Path) -> list[tuple[int, float]]:
+    """(step, train/loss) of every step logged."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+
+
+def summary(workdir: Path) -> dict[str, Any]:
+    """summary.json."""
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Steps whose checkpoint is in the folder, by name."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to see that nothing was changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
