@@ -265,9 +265,9 @@ def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
 
 def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> None:
     """The last line."""
-    minutes, seconds = divmod(int(progress.seconds), 60)
+    minutes, seconds = divmod(int(loop.seconds), 60)
     saved = checkpoint.committed_steps(workdir.checkpoints)
     console.print(
-        f"{status} at step {progress.step} after {minutes}:{seconds:02d};"
+        f"{status} at step {loop.step} after {minutes}:{seconds:02d};"
         f" checkpoints {', '.join(map(str, saved)) or 'none'}; metrics in {workdir.metrics}"
     )
