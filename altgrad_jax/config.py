@@ -4,15 +4,16 @@ Types are held by ml_collections (a locked `ConfigDict` takes no unknown key and
 the ranges, the names allowed and the rules across fields, is here, and every violation is reported at once.
 """
 
+import difflib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from altgrad_jax.errors import UsageError
+from altgrad_jax.errors import UsageError, UserError
 
 CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
@@ -43,18 +44,63 @@ NOT_NEGATIVE = (
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2")
 
 
+def load_config(file_and_variant: str) -> ConfigDict:
+    """The locked configuration of FILE[:VARIANT], what follows the colon being the argument of its `get_config`.
+
+    Raises:
+      UsageError: the file is missing, cannot be run, or gives no ConfigDict.
+    """
+    file, colon, variant = file_and_variant.partition(":")
+    if not Path(file).is_file():
+        raise UsageError(f"--config: there is no file {file or '(empty name)'}")
+    try:
+        config = _run_file(Path(file)).get_config(*([variant] if colon else []))
+    except UserError:
+        raise
+    except Exception as e:  # whatever the user's file raises when it is run
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UsageError(f"--config: {file_and_variant} could not be loaded: {reason}") from e
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"--config: {file} did not return a ConfigDict")
+    return config.lock()
+
+
 def load_sibling(file: str, name: str) -> ModuleType:
     """Imports `name`.py from the folder of `file`, wherever the process was started.
 
     Config files are named by path, not installed, so they cannot import each other as a package.
     """
     path = Path(file).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"altgrad_jax_config_{name}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
         raise UsageError(f"config file {path} is missing; {file} builds on it")
+    return _run_file(path)
+
+
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"altgrad_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--config: {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def check_keys(config: ConfigDict, dotted: Iterable[str]) -> None:
+    """Raises UsageError for the first dotted name that is no setting, with the nearest one that is."""
+    known = _leaves(config)
+    for key in dotted:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
+            raise UsageError(f"unknown config key config.{key}: did you mean config.{nearest}?")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    names = []
+    for key in config:
+        inner = config[key]
+        names += _leaves(inner, f"{prefix}{key}.") if isinstance(inner, ConfigDict) else [f"{prefix}{key}"]
+    return names
 
 
 def get(config: ConfigDict, dotted: str):
@@ -118,6 +164,9 @@ def _cross_field_violations(config: ConfigDict) -> Iterator[str]:
         yield f"config.parallel.host={config.parallel.host} must be below config.parallel.hosts={config.parallel.hosts}"
     if config.parallel.hosts > 1 and not config.parallel.coordinator:
         yield f"config.parallel.hosts={config.parallel.hosts} needs config.parallel.coordinator, host:port of process 0"
+    coordinator = config.parallel.coordinator
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        yield f"config.parallel.coordinator={coordinator!r} is not host:port"
     if data.name == "files" and not data.path and not data.cache:
         yield "config.data.name=files needs config.data.path, a text file or a folder of them"
     if data.path and data.name != "files":
