@@ -6,13 +6,18 @@ one a run resumes from; a damaged one is named, moved to `damaged/`, and the one
 exist and none is whole the run stops: it never starts from zero behind the user's back.
 """
 
+import gc
 import hashlib
 import json
 import logging
 import shutil
+import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,6 +27,7 @@ from altgrad_jax import integrity
 from altgrad_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ITEMS = ("state", "iterator", "manifest")
 
 
@@ -59,11 +65,38 @@ def _reason(error: Exception) -> str:
     return lines[0][:200]
 
 
+class _DamagedError(Exception):
+    """A checkpoint could not be read, or is not what was written; the text says why."""
+
+
+def _attempt(read: Callable[[], T]) -> T:
+    """What `read` returns. Raises _DamagedError for whatever the storage layers raise on damaged files."""
+    # A read that fails leaves coroutines of Orbax's half run, and Python would print a page about each.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            try:
+                return read()
+            except UserError:
+                raise
+            except Exception as e:
+                reason = _reason(e)
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
+    raise _DamagedError(reason)
+
+
 class Checkpoints:
     """The checkpoints of one work directory."""
 
     def __init__(self, folder: Path, *, max_to_keep: int):
-        """Opens (and creates) the folder; half-written checkpoints of a killed process are removed."""
+        """Opens (and creates) the folder; half-written checkpoints of a killed process are removed.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
         self._folder = folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
@@ -72,6 +105,7 @@ class Checkpoints:
             create=True,
         )
         try:
+            folder.mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
         except OSError as e:
             raise UserError(f"{folder} cannot be written: {e.strerror}") from e
@@ -133,13 +167,9 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                manifest = read_manifest(self._folder, step)
-                refuse_differences(manifest["identity"], identity, self._folder / str(step))
-                restored = read(self._folder, step, like, manifest)
-            except UserError:
-                raise
-            except Exception as e:  # whatever the storage layers raise on damaged files
-                log.warning("checkpoint %s is damaged: %s", self._folder / str(step), _reason(e))
+                restored = _attempt(partial(self._restore_step, step, like, identity))
+            except _DamagedError as e:
+                log.warning("checkpoint %s is damaged: %s", self._folder / str(step), e)
                 damaged.append(step)
                 continue
             for broken in damaged:
@@ -151,6 +181,11 @@ class Checkpoints:
                 " bring back a copy, or use a new --workdir to start from zero"
             )
         return None
+
+    def _restore_step(self, step: int, like: Any, identity: dict[str, Any]) -> Restored:
+        manifest = read_manifest(self._folder, step)
+        refuse_differences(manifest["identity"], identity, self._folder / str(step))
+        return read(self._folder, step, like, manifest)
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint out of Orbax's way and keeps it for inspection."""
@@ -184,11 +219,19 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
 
 
 def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restored:
-    """Reads a checkpoint and verifies every leaf. Raises on damage (the storage layers' own types, or ValueError)."""
+    """Reads a checkpoint and verifies every leaf.
+
+    Raises:
+      UserError: it holds other arrays than `like`.
+      Exception: it is damaged (the storage layers' own types, or ValueError).
+    """
     # Orbax casts silently where dtypes differ, so they are compared before it sees them.
     if (wanted := integrity.describe(like)) != manifest["leaves"]:
-        different = _differences(manifest["leaves"], wanted)
-        raise ValueError(f"it holds other arrays than this run: {different}")
+        different = _differences(manifest["leaves"], wanted, most=4)
+        raise UserError(
+            f"the checkpoint {folder / str(step)} holds other arrays than this run ({different}); use the version of"
+            " altgrad_jax it was made with, or another --workdir"
+        )
     args = {"state": ocp.args.StandardRestore(like), "iterator": ocp.args.JsonRestore()}
     items = _restore(folder, step, args)
     if changed := integrity.changed_leaves(items["state"], manifest["checksums"]):
@@ -196,10 +239,12 @@ def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restor
     return Restored(step, items["state"], _unseal(items["iterator"], "the iterator"), manifest)
 
 
-def _differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
-    """Every entry that two flat dicts do not share: "name: old -> new; ..."."""
+def _differences(stored: dict[str, Any], current: dict[str, Any], most: int | None = None) -> str:
+    """The entries that two flat dicts do not share, all or the first `most`: "name: old -> new; ..."."""
     names = sorted(k for k in stored.keys() | current.keys() if stored.get(k) != current.get(k))
-    return "; ".join(f"{k}: {stored.get(k, 'absent')} -> {current.get(k, 'absent')}" for k in names)
+    lines = [f"{k}: {stored.get(k, 'absent')} -> {current.get(k, 'absent')}" for k in names]
+    more = [] if most is None or len(lines) <= most else [f"and {len(lines) - most} more"]
+    return "; ".join(lines[:most] + more)
 
 
 def refuse_differences(stored: dict[str, Any], current: dict[str, Any], where: Path) -> None:
@@ -225,34 +270,40 @@ def read_params(source: str, like: Any) -> tuple[Any, int, Path]:
     Raises:
       UserError: there is no such checkpoint, it is damaged, or its parameters have other names, shapes or dtypes.
     """
-    name, _, step_text = source.partition("@")
+    name, _, step_text = source.rpartition("@")
+    if not step_text.isdecimal() or Path(source).expanduser().is_dir():  # an @ of the folder's own name
+        name, step_text = source, ""
     root = Path(name).expanduser().absolute()
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     steps = committed_steps(folder)
     if not steps:
-        raise UserError(f"no checkpoint in {root}; give a run's work directory")
-    if step_text and (not step_text.isdecimal() or int(step_text) not in steps):
+        raise UserError(f"no checkpoint in {root}; give a run's work directory as DIR or DIR@STEP")
+    if step_text and int(step_text) not in steps:
         raise UserError(f"{root} has no checkpoint of step {step_text}; it has {', '.join(map(str, steps))}")
     step = int(step_text) if step_text else steps[-1]
     where = folder / str(step)
     try:
-        manifest = read_manifest(folder, step)
-        wanted = {f"params.{n}": d for n, d in integrity.describe(like).items()}
-        found = {n: d for n, d in manifest["leaves"].items() if n.startswith("params.")}
-        if wanted != found:
-            raise UserError(f"the weights in {where} do not fit config.model: {_differences(found, wanted)}")
-        restore = ocp.args.PyTreeRestore(
-            item={"params": like},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            params = reader.restore(where / "state", args=restore)["params"]
-        expected = {n: c for n, c in manifest["checksums"].items() if n.startswith("params.")}
-        if changed := integrity.changed_leaves({"params": params}, expected):
-            raise ValueError(f"{len(changed)} arrays do not match their checksums, {changed[0]} the first")
-    except UserError:
-        raise
-    except Exception as e:  # whatever the storage layers raise on damaged files
-        raise UserError(f"the checkpoint {where} is damaged: {_reason(e)}; choose another with {name}@STEP") from e
+        params = _attempt(partial(_read_params, folder, step, like))
+    except _DamagedError as e:
+        raise UserError(f"the checkpoint {where} is damaged: {e}; choose another with {name}@STEP") from e
     return jax.tree.map(lambda x: x, params), step, where
+
+
+def _read_params(folder: Path, step: int, like: Any) -> Any:
+    manifest = read_manifest(folder, step)
+    wanted = {f"params.{n}": d for n, d in integrity.describe(like).items()}
+    found = {n: d for n, d in manifest["leaves"].items() if n.startswith("params.")}
+    if wanted != found:
+        different = _differences(found, wanted, most=4)
+        raise UserError(f"the weights in {folder / str(step)} do not fit config.model: {different}")
+    restore = ocp.args.PyTreeRestore(
+        item={"params": like},
+        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        params = reader.restore(folder / str(step) / "state", args=restore)["params"]
+    expected = {n: c for n, c in manifest["checksums"].items() if n.startswith("params.")}
+    if changed := integrity.changed_leaves({"params": params}, expected):
+        raise ValueError(f"{len(changed)} arrays do not match their checksums, {changed[0]} the first")
+    return params

@@ -4,14 +4,15 @@ Exit status: 0 done, 1 failed, 2 usage error (flags or configuration), 130 / 143
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from altgrad_jax.config import check_keys, load_config
 from altgrad_jax.errors import UsageError, UserError
 
 
@@ -25,23 +26,16 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser, with the mistakes a user can make turned into one line and exit status 2."""
     try:
         rest = flags.FLAGS(list(argv))
-    except flags.Error as e:
-        raise SystemExit(fail(UsageError(f"{e}".replace("\n", " ") + " (see --help)"))) from None
-    except AttributeError as e:  # ml_collections, for an unknown config key; it names the nearest one
-        raise SystemExit(fail(UsageError(f"unknown config key: {_one_line(e)}"))) from None
-    except (TypeError, ValueError, KeyError) as e:  # ml_collections, for a value of the wrong type, or a bad variant
-        raise SystemExit(fail(UsageError(_one_line(e)))) from None
+    except SystemExit:  # --help, which absl ends with status 1
+        raise SystemExit(0) from None
     except UserError as e:
         raise SystemExit(fail(e)) from None
+    except (flags.Error, TypeError, ValueError, KeyError) as e:  # absl, and ml_collections for overridden keys
+        text = " ".join(str(e.args[0] if e.args else e).split())
+        raise SystemExit(fail(UsageError(f"{text} (see --help)"))) from None
     if len(rest) > 1:
         raise SystemExit(fail(UsageError(f"unexpected argument {rest[1]!r}: options begin with -- (see --help)")))
     return rest
-
-
-def _one_line(error: Exception) -> str:
-    """An exception's text without its quoting and line breaks."""
-    text = str(error.args[0]) if error.args else str(error)
-    return " ".join(text.replace("\\'", "'").replace("\n", "; ").strip("'\"").split())
 
 
 def run(main: Callable[[], int]) -> None:
@@ -73,37 +67,40 @@ def run_command(main: Callable[[str], int], commands: Sequence[str]) -> None:
 def quiet_libraries() -> None:
     """Our own log lines go to stderr as they are; of the libraries below us only warnings are shown.
 
-    Orbax reports every phase of every save at INFO through absl's logger, which would bury a run's own lines.
+    Orbax reports every phase of every save at INFO through absl's logger, which would bury a run's own lines, and at
+    ERROR, with tracebacks, what it then raises.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("altgrad_jax").setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
 
 
-def define_config(default: str | None = None):
+class _ConfigParser(flags.ArgumentParser):
+    """Loads the config file, and refuses overrides of keys that it has not."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        """The configuration of FILE[:VARIANT]. Raises UsageError."""
+        config = load_config(argument)
+        overrides = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in sys.argv[1:])
+        check_keys(config, [found[1] for found in overrides if found])
+        return config
+
+    def flag_type(self) -> str:
+        """What --help calls the value."""
+        return "config file"
+
+
+def define_config() -> flags.FlagHolder:
     """Defines --config=FILE[:VARIANT] with --config.key=value overrides; read it with `read_config`."""
-    return config_flags.DEFINE_config_file(
-        "config", default, "Experiment file, e.g. configs/bf16.py or configs/bf16.py:quick."
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Experiment file, e.g. configs/bf16.py or configs/bf16.py:quick."
     )
+    flags.FLAGS["config"].parser = _ConfigParser()
+    return holder
 
 
 def read_config(holder: flags.FlagHolder) -> ConfigDict:
-    """The parsed configuration.
-
-    Raises:
-      UsageError: if no file was given, it does not exist, or it is no config file.
-    """
-    config = holder.value
-    if config is None:
+    """The parsed configuration. Raises UsageError if no file was given."""
+    if holder.value is None:
         raise UsageError("--config is missing, e.g. --config=configs/bf16.py:quick")
-    if isinstance(config, ConfigDict):
-        return config
-    # A file that could not be loaded arrives as an object that raises the reason on any use.
-    path = str(getattr(flags.FLAGS["config"], "config_filename", "")).partition(":")[0]
-    if not Path(path).is_file():
-        raise UsageError(f"--config: there is no file {path}")
-    try:
-        config.keys()
-    except Exception as e:  # whatever the user's file raised when it was run
-        raise UsageError(f"--config: {path} could not be loaded: {type(e).__name__}: {_one_line(e)}") from e
-    raise UsageError(f"--config: {path} did not return a ConfigDict")
+    return holder.value

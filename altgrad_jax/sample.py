@@ -115,7 +115,7 @@ def main() -> int:
     if room < 1:
         raise UsageError(f"--tokens={TOKENS.value} is more than the model's block of {model.block_size} can hold")
     # An empty prompt begins where documents begin: after the end of another.
-    prompt = list(tokenizer.encode(PROMPT.value)) or [tokenizer.end_of_text]
+    prompt = list(tokenizer.encode(PROMPT.value)) if PROMPT.value else [tokenizer.end_of_text]
     prompt_BT = jnp.asarray(np.tile(np.array(prompt[-room:], np.int32), (SAMPLES.value, 1)))
     drawn = generate(
         model_structure(model),

@@ -62,7 +62,7 @@ def make_train_step(
         nonfinite = jnp.where(jnp.isfinite(loss), 0, state.nonfinite_steps + 1)
         metrics = {
             "train/loss": loss,
-            "train/grad_norm": optax.global_norm(grads),
+            "train/grad_norm": optax.tree.norm(grads),
             "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "train/nonfinite_steps": nonfinite,
         }

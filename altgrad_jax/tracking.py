@@ -103,6 +103,25 @@ class MetricsFile:
         self._file.close()
 
 
+def require_login(settings: Any) -> None:
+    """Checks that W&B can start as `config.tracking` asks, before a run changes anything. Asks no server.
+
+    Raises:
+      UserError: W&B is not installed, or online without a login.
+    """
+    if settings.wandb == "disabled":
+        return
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("W&B is not installed; pip install wandb or --config.tracking.wandb=disabled") from e
+    if settings.wandb == "online" and not wandb.login(prompt=False, verify=False):
+        raise UserError(
+            "config.tracking.wandb=online, but there is no W&B login; run `wandb login`, or use"
+            " --config.tracking.wandb=offline and `wandb sync` the folder later"
+        )
+
+
 class Wandb:
     """Sends records to Weights & Biases, one run per work directory however often it resumes."""
 
@@ -116,17 +135,10 @@ class Wandb:
           config: shown as the run's configuration.
 
         Raises:
-          UserError: W&B is not installed, or online without a login.
+          UserError: W&B could not start, for lack of network or rights.
         """
-        try:
-            import wandb
-        except ImportError as e:
-            raise UserError("W&B is not installed; pip install wandb or --config.tracking.wandb=disabled") from e
-        if settings.wandb == "online" and not wandb.api.api_key:
-            raise UserError(
-                "config.tracking.wandb=online, but there is no W&B login; run `wandb login`, or use"
-                " --config.tracking.wandb=offline and `wandb sync` the folder later"
-            )
+        import wandb
+
         try:
             self._run = wandb.init(
                 dir=str(workdir),

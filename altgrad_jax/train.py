@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from altgrad_jax import checkpoint, experiment, provenance
+from altgrad_jax.config import check_devices
 from altgrad_jax.console import ConsoleSink, make_console, print_header
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.errors import UserError
@@ -26,7 +27,7 @@ from altgrad_jax.parallel import any_host_stops, is_primary
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, healthy
 from altgrad_jax.state import TrainState, tree_sha256
-from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb
+from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, require_login
 from altgrad_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ def train(config: ConfigDict, workdir_path: str) -> int:
     """
     with ExitStack() as cleanup:
         primary = is_primary()
+        check_devices(config, jax.local_device_count(), jax.process_count())
+        if primary:
+            require_login(config.tracking)
         workdir = Workdir(workdir_path, lock=primary)
         cleanup.callback(workdir.close)
         _refuse_ended(workdir)
@@ -69,7 +73,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         start = _start(exp, checkpoints, run_identity)
 
         console = make_console(quiet=not primary)
-        if start.step >= config.train.steps:
+        if start.step >= config.train.steps and _is_recorded_as_finished(workdir, start.step):
             console.print(f"already finished: {workdir.path} is at step {start.step} of {config.train.steps}")
             return 0
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin)
@@ -79,7 +83,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         try:
             with GracefulStop() as stop:
                 status = loop.run(stop)
-            checkpoints.wait()
+                checkpoints.wait()
         except BaseException:
             # On a full disk these fail too; the error to report is the one that ended the run.
             with suppress(UserError, OSError):
@@ -147,7 +151,9 @@ class Loop:
                     record |= self._evaluate()
                 if self._log(record):
                     return "diverged"
-                if saves:
+                # Asked again, since an evaluation takes long enough to be interrupted.
+                stops = stops or (evaluates and any_host_stops(self.step, stop.requested))
+                if saves or stops:
                     self._save(record)
             if stops and not last:
                 return "interrupted"
@@ -236,6 +242,12 @@ def _refuse_ended(workdir: Workdir) -> None:
             f"the run in {workdir.path} diverged at step {summary['step']}; change the settings and use a new"
             f" --workdir, from its last good weights with --config.checkpoint.restore_from={workdir.path}"
         )
+
+
+def _is_recorded_as_finished(workdir: Workdir, step: int) -> bool:
+    """Whether the summary says so; a run killed after its last checkpoint has still to write it."""
+    summary = workdir.read_json("summary.json")
+    return summary is not None and summary["status"] == "finished" and summary["step"] == step
 
 
 def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_identity: dict[str, Any]) -> Start:

@@ -19,7 +19,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from altgrad_jax.config import load_sibling, validate
+from altgrad_jax.config import load_config, validate
+from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.tracking import read_metrics
 from altgrad_jax.train import train
 
@@ -40,6 +41,7 @@ TINY: dict[str, Any] = {
     "optimizer.warmup_steps": 5,
     "checkpoint.every": 5,
     "tracking.wandb": "disabled",
+    "parallel.devices": 1,
 }
 SECRET = "hunter2-5f0c1e"
 SECRETS = {"AWS_SECRET_ACCESS_KEY": SECRET, "WANDB_API_KEY": SECRET * 3, "HF_TOKEN": SECRET, "MY_JAX_TOKEN": SECRET}
@@ -47,15 +49,24 @@ BITS = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/los
 
 # Runs each case of a JSON list on stdin as the command line would, in a fork made after the slow imports.
 _FORKS = """
-import json, os, sys
+import gc, json, os, sys, traceback
 from altgrad_jax import cli, main
+gc.freeze()
 for number, case in enumerate(json.load(sys.stdin)):
     pid = os.fork()
     if pid == 0:
         for fd, name in (1, "out"), (2, "err"):
             os.dup2(os.open(os.path.join(case["folder"], f"{number}.{name}"), os.O_CREAT | os.O_WRONLY), fd)
         sys.argv = ["main", *case["arguments"]]
-        cli.run(main.main)
+        try:
+            cli.run(main.main)
+        except SystemExit as e:
+            code = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # taking the interpreter down takes longer than most cases
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -97,6 +108,10 @@ class Lab:
             paragraphs = (" ".join(draw.choices(words, k=120)) for _ in range(200))
             self.corpus.write_text("\n\n".join(paragraphs))
 
+    def prepare(self) -> Path:
+        """The token cache; built by the first call."""
+        return open_corpus(self.config(), progress=False).path
+
     def changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The tiny configuration as changes to configs/bf16.py; `changes` go on top."""
         own = {
@@ -113,14 +128,14 @@ class Lab:
 
     def config(self, **changes: Any) -> ConfigDict:
         """The same as a ConfigDict; keys with "__" for dots."""
-        config = load_sibling(str(ROOT / "configs" / "x"), "bf16").get_config()
+        config = load_config(str(ROOT / "configs" / "bf16.py"))
         dotted = {key.replace("__", "."): value for key, value in changes.items()}
-        config.update_from_flattened_dict(self.changes({"parallel.devices": 1} | dotted))
+        config.update_from_flattened_dict(self.changes(dotted))
         validate(config)
         return config
 
     def train(self, workdir: Path, **changes: Any) -> int:
-        """Runs in this process, on one device; returns the exit status."""
+        """Runs in this process; returns the exit status."""
         return train(self.config(**changes), str(workdir))
 
     def start(
@@ -151,12 +166,12 @@ class Lab:
         return ended(self.start(workdir, changes, **options))
 
     def run_forks(self, cases: Sequence[Sequence[str]]) -> list[Ended]:
-        """Runs the main job once for each list of arguments."""
+        """Runs the main job once for each list of arguments, with as many virtual devices as this process."""
         folder = self.folder / "forks"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-        environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "HOME": str(folder)}
+        environment["HOME"] = str(folder)  # without a login
         done = subprocess.run(
             [sys.executable, "-c", _FORKS],
             input=json.dumps([{"arguments": list(case), "folder": str(folder)} for case in cases]),

@@ -38,14 +38,14 @@ def forward_error(config: GPTConfig) -> float:
 
 @pytest.mark.parametrize(("bias", "tied"), [(False, False), (False, True), (True, False), (True, True)])
 def test_float32_forward_is_the_reference(bias, tied):
-    # A few float32 roundings (6e-8 each); 7e-7 seen.
-    assert forward_error(dataclasses.replace(TINY, bias=bias, tie_embeddings=tied)) < 3e-6
+    # A few float32 roundings (6e-8 each) of numbers that are then summed; 6e-7 seen.
+    assert forward_error(dataclasses.replace(TINY, bias=bias, tie_embeddings=tied)) < 2e-6
 
 
 @pytest.mark.parametrize(("bias", "tied"), [(False, True), (True, False)])
 def test_bfloat16_forward_is_near_the_reference(bias, tied):
     error = forward_error(dataclasses.replace(TINY, bias=bias, tie_embeddings=tied, compute_dtype="bfloat16"))
-    # bfloat16 rounds by up to 2^-9 = 0.2 %, some twenty times in a row here; 1.1 % seen. No error: not bfloat16.
+    # bfloat16 rounds by up to 2^-9 = 0.2 %, some twenty times in a row here; 1.0 % seen. No error: not bfloat16.
     assert 1e-3 < error < 0.03
 
 
@@ -87,7 +87,9 @@ def test_parameter_counts_by_hand():
 
 def test_initial_weights():
     config = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=96, vocab_size=300, bias=True, tie_embeddings=False)
-    params = jax.jit(lambda: init_params(config, 7))()
+    # Random numbers need no optimised code, which takes longer to compile than all the rest of this.
+    program = jax.jit(lambda: init_params(config, 7)).lower()
+    params = program.compile(compiler_options={"xla_backend_optimization_level": 0})()
     leaves = dict(zip(leaf_names(params), (np.asarray(leaf) for leaf in jax.tree.leaves(params)), strict=True))
     for name, values in leaves.items():
         if name.endswith("scale"):
@@ -144,7 +146,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(prefill):
     start = 0
     for stop in range(prefill, TINY.block_size + 1):
         logits, cache = decode(params, TOKENS[:, start:stop], cache)
-        np.testing.assert_allclose(logits, expected[:, stop - 1], atol=3e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(logits, expected[:, stop - 1], atol=2e-6 * np.abs(expected).max())
         assert cache.length == stop
         start = stop
 

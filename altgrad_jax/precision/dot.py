@@ -19,14 +19,32 @@ def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _transposed_copy(x_NI: Array) -> Array:
-    """x^T as an array of its own, which XLA cannot fold into the product that reads it.
-
-    XLA removes optimization barriers before it folds transposes into dots, and sees through every elementwise
-    operation. A branch it must keep: that its condition always holds (no square is 2 modulo 4) it cannot know.
-    """
+@jax.custom_batching.custom_vmap
+def _hidden_transpose(x_NI: Array) -> Array:
+    """x^T behind a branch: that its condition always holds (no square is 2 modulo 4) XLA cannot know."""
     bits = lax.bitcast_convert_type(x_NI[0, 0], jnp.dtype(f"uint{8 * x_NI.dtype.itemsize}"))
     return lax.cond(bits * bits != 2, lambda x: x.T, lambda x: jnp.zeros(x.shape[::-1], x.dtype), x_NI)
+
+
+@_hidden_transpose.def_vmap
+def _batched_transpose(axis_size: int, in_batched: list[bool], x_BNI: Array) -> tuple[Array, bool]:
+    # vmap would make a select of the branch. XLA folds a transpose through that into the product, but only after it has
+    # seen that the product needs no conversion, and then cannot run it.
+    del axis_size, in_batched
+    return x_BNI.swapaxes(1, 2), True
+
+
+@jax.custom_jvp
+def _transposed_copy(x_NI: Array) -> Array:
+    """x^T as an array of its own, which XLA cannot fold into the product that reads it (unless under vmap).
+
+    XLA removes optimization barriers before it folds transposes into dots, and sees through every elementwise
+    operation; a branch it must keep.
+    """
+    return _hidden_transpose(x_NI)
+
+
+_transposed_copy.defjvp(lambda x, tangent: (_transposed_copy(*x), tangent[0].T))
 
 
 def _weight_grad(x_NI: Array, g_NO: Array) -> Array:
