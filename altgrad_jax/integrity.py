@@ -31,7 +31,7 @@ def _mix(words: Array) -> Array:
 
 
 def leaf_checksum(x: Array) -> Array:
-    """Two uint32 sums modulo 2^32: of a mixed form of every word, and of the same weighted by a mixed form of its index.
+    """Two uint32 sums modulo 2^32: of a mixed form of every word, and of that weighted by a mixed form of its index.
 
     The first sees every single changed word, since the mixing is one-to-one; the second, whose weights differ from
     place to place, sees words that changed places, but for a chance of one in millions. (Weights that grow with the

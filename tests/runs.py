@@ -12,11 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from altgrad_jax.config import load_config, validate
@@ -136,7 +139,26 @@ class Lab:
 
     def train(self, workdir: Path, **changes: Any) -> int:
         """Runs in this process; returns the exit status."""
-        return train(self.config(**changes), str(workdir))
+        with self.compiled_programs():
+            return train(self.config(**changes), str(workdir))
+
+    @contextmanager
+    def compiled_programs(self) -> Iterator[None]:
+        """Keeps what this process compiles, as the main job does with config.runtime.compilation_cache."""
+        values = {
+            "jax_compilation_cache_dir": str(self.folder / "compiled"),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+        }
+        before = {name: getattr(jax.config, name) for name in values}
+        try:
+            for name, value in values.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
 
     def start(
         self,

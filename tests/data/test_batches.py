@@ -51,9 +51,9 @@ def take(iterator, count: int) -> list[np.ndarray]:
     return list(itertools.islice(iterator, count))
 
 
-sizes = st.sampled_from([9, 30, 101, 257])
+sizes = st.sampled_from([9, 30, 101])
 blocks = st.integers(1, 8)
-batch_sizes = st.integers(1, 12)
+batch_sizes = st.integers(1, 8)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -70,7 +70,7 @@ def test_every_token_is_predicted_once(corpus, tokens, block_size):
 
 
 @given(tokens=sizes, block_size=blocks, batch_size=batch_sizes, seed=seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_every_window_once_in_every_epoch(corpus, tokens, block_size, batch_size, seed):
     cache = corpus(tokens)
     windows = windows_by_hand(cache, "train", block_size)
@@ -81,14 +81,14 @@ def test_every_window_once_in_every_epoch(corpus, tokens, block_size, batch_size
         assert sorted(sequence[epoch * len(windows) :][: len(windows)]) == list(range(len(windows)))
         assert batches.epoch_of(epoch * len(windows)) == epoch * batch_size
     # What the iterator gives is what windows_of says, also where an epoch ends within a batch.
-    steps = min(steps, 40)
+    steps = min(steps, 20)
     read = take(batches.from_step(0), steps)
     assert [row.tolist() for batch in read for row in batch] == [windows[i] for i in sequence[: steps * batch_size]]
     assert all(batch.shape == (batch_size, block_size + 1) and batch.dtype == np.int32 for batch in read)
 
 
-@given(tokens=sizes, block_size=blocks, batch_size=batch_sizes, seed=seeds, step=st.integers(0, 60))
-@settings(max_examples=20, deadline=None)
+@given(tokens=sizes, block_size=blocks, batch_size=batch_sizes, seed=seeds, step=st.integers(0, 30))
+@settings(max_examples=10, deadline=None)
 def test_starting_at_a_step_is_skipping_to_it(corpus, tokens, block_size, batch_size, seed, step):
     batches = TrainBatches(corpus(tokens), block_size, batch_size, seed)
     skipped = take(batches.from_step(0), step + 3)[step:]
@@ -96,11 +96,11 @@ def test_starting_at_a_step_is_skipping_to_it(corpus, tokens, block_size, batch_
 
 
 @given(hosts=st.integers(1, 4), per_host=st.integers(1, 4), seed=seeds, step=st.integers(0, 30))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_hosts_share_the_batch_of_one(corpus, hosts, per_host, seed, step):
     cache, batch_size = corpus(101), hosts * per_host
-    whole = take(TrainBatches(cache, 3, batch_size, seed).from_step(step), 3)
-    shares = [take(TrainBatches(cache, 3, batch_size, seed, host, hosts).from_step(step), 3) for host in range(hosts)]
+    whole = take(TrainBatches(cache, 3, batch_size, seed).from_step(step), 2)
+    shares = [take(TrainBatches(cache, 3, batch_size, seed, host, hosts).from_step(step), 2) for host in range(hosts)]
     for i, batch in enumerate(whole):
         assert all(share[i].shape == (per_host, 4) for share in shares)
         # Host k has the rows k, k + hosts, ...: put back in turn, they are the batch.
@@ -123,10 +123,7 @@ def test_order_depends_on_seed_and_epoch(corpus):
 
 def test_order_is_the_same_in_every_version(corpus):
     # If this fails, runs begun with an earlier version of grain or of this package cannot be continued with this one.
-    assert TrainBatches(corpus(101), 8, 12, seed=42).windows_of(0) == PINNED_ORDER
-
-
-PINNED_ORDER: list[int] = []
+    assert TrainBatches(corpus(101), 8, 12, seed=42).windows_of(0) == [1, 7, 6, 11, 0, 8, 4, 10, 3, 2, 5, 9]
 
 
 def test_documents_of_a_step(corpus):
@@ -160,10 +157,10 @@ def test_corpora_that_are_too_short(corpus):
     assert len(Windows(cache, "train", 8)) == 1
     with pytest.raises(UserError, match="the train split of 'tiny' has 9 tokens, fewer than the 10 that one window"):
         Windows(cache, "train", 9)
-    with pytest.raises(UserError, match="lower config.model.block_size"):
+    with pytest.raises(UserError, match=r"lower config\.model\.block_size"):
         TrainBatches(cache, 9, 1, seed=0).from_step(0)
     with pytest.raises(
-        UserError, match="2 windows of 8 tokens, fewer than a batch of 3; lower config.train.batch_size"
+        UserError, match=r"2 windows of 8 tokens, fewer than a batch of 3; lower config\.train\.batch_size"
     ):
         evaluation_batches(cache, "validation", 8, 3, 1)
 
