@@ -8,6 +8,7 @@ never killed. Non-finite values are written as the strings "NaN", "Infinity" and
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,12 +45,14 @@ def read_metrics(path: Path) -> list[Record]:
     records: list[Record] = []
     if not path.exists():
         return records
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
             record = json.loads(line)
+            if not isinstance(record, dict) or "step" not in record:
+                raise ValueError("no record of a step")
         except ValueError as e:
             if number == len(lines):
                 break
@@ -91,11 +94,20 @@ class MetricsFile:
             self._file.write(self._line(record))
             self._file.flush()
         except OSError as e:
-            raise UserError(f"{self._path} cannot be written: {e.strerror}; the older checkpoints are whole") from e
+            raise self._unwritable(e) from e
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path} cannot be written: {error.strerror}; the older checkpoints are whole: make room and run the"
+            " same command again"
+        )
 
     def sync(self) -> None:
-        """Returns when all lines are on disk."""
-        os.fsync(self._file.fileno())
+        """Returns when all lines are on disk. Raises UserError if they cannot be written."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            raise self._unwritable(e) from e
 
     def close(self, status: str) -> None:
         """Closes the file."""
@@ -125,7 +137,9 @@ def require_login(settings: Any) -> None:
 class Wandb:
     """Sends records to Weights & Biases, one run per work directory however often it resumes."""
 
-    def __init__(self, settings: Any, workdir: Path, run_id: str, config: dict[str, Any]):
+    def __init__(
+        self, settings: Any, workdir: Path, run_id: str, config: dict[str, Any], earlier: Iterable[Record] = ()
+    ):
         """Starts or continues the W&B run `run_id`.
 
         Args:
@@ -133,6 +147,7 @@ class Wandb:
           workdir: W&B writes below `<workdir>/wandb`.
           run_id: kept in the manifest over resumes.
           config: shown as the run's configuration.
+          earlier: what earlier sessions logged, up to where this one goes on.
 
         Raises:
           UserError: W&B could not start, for lack of network or rights.
@@ -165,12 +180,18 @@ class Wandb:
                 f"W&B could not start ({str(e).strip().splitlines()[0]});"
                 " --config.tracking.wandb=offline needs no network"
             ) from e
-        # W&B's own step must never go back, but a resumed run repeats steps; so the step is a metric like others.
+        # W&B's own step must never go back, but online a resumed run repeats steps: so the step is a metric like others.
         self._run.define_metric("*", step_metric="step")
+        # Offline, W&B knows nothing of earlier sessions: each would begin at its step 0, and when they are synced the
+        # last would replace the others (wandb/wandb#5865, #11144). So each session holds the whole run.
+        self._offline = settings.wandb == "offline"
+        if self._offline:
+            for record in earlier:
+                self.log(record)
 
     def log(self, record: Record) -> None:
         """Queues a record."""
-        self._run.log(record)
+        self._run.log(record, step=record["step"] if self._offline else None)
 
     def sync(self) -> None:
         """W&B writes by itself, and metrics.jsonl is the truth."""

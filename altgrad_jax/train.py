@@ -27,7 +27,7 @@ from altgrad_jax.parallel import any_host_stops, is_primary
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, healthy
 from altgrad_jax.state import TrainState, tree_sha256
-from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, require_login
+from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
 from altgrad_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,8 @@ def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start,
     """Where this run's records go."""
     sinks: list[Sink] = [MetricsFile(workdir.metrics, start.step)]
     if config.tracking.wandb != "disabled":
-        sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"]))
+        earlier = read_metrics(workdir.metrics)
+        sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"], earlier))
     return [*sinks, ConsoleSink(console, start.step, config.train.steps)]
 
 

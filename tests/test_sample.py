@@ -49,6 +49,8 @@ def test_temperature_zero_takes_the_likeliest():
     assert drawn(0.0, 3, 4)[0] == 1.0
     assert drawn(1e-3, 0, 4)[0] == 1.0
     assert drawn(1.0, 1, 4)[0] == 1.0
+    equal = draw(jnp.zeros((100, 5)), jax.random.key(0), 0.0, 0, 5)
+    assert not equal.any()  # of equal ones the first, every time
 
 
 TOKENS = MODEL.block_size + 1 - PROMPT.shape[1]  # as many as fit: the last one drawn is not read

@@ -122,7 +122,7 @@ def test_three_steps_by_hand(one, run):
             np.testing.assert_allclose(actual, expected, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_gradient_accumulation_changes_nothing_but_memory(one, run, microbatches):
     whole, metrics = run(fresh_state(one), one.shard(TOKENS[0], 1))
     accumulating = one.train_step(train_step())

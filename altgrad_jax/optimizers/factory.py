@@ -4,6 +4,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from altgrad_jax.errors import UsageError
+
 
 def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
     """Learning rate as a function of the step, counted from 0.
@@ -31,7 +33,13 @@ def is_matrix(params) -> object:
 
 
 def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with decay on matrices only."""
+    """Gradient clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with decay on matrices only.
+
+    Raises:
+      UsageError: `config.optimizer.name` is not known.
+    """
+    if optimizer.name != "adamw":
+        raise UsageError(f"config.optimizer.name={optimizer.name!r} is not known; there is adamw")
     adamw = optax.adamw(
         make_schedule(optimizer, total_steps),
         b1=optimizer.b1,

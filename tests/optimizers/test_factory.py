@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -91,15 +90,20 @@ PARAMS = {
 
 def gradients(step: int, size: float = 1.0) -> dict:
     rng = np.random.default_rng(step)
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape).astype(np.float32) * size), PARAMS)
+    return jax.tree.map(lambda p: (rng.normal(size=p.shape) * size).astype(np.float32), PARAMS)
 
 
 def updates(optimizer: optax.GradientTransformation, size: float = 1.0, steps: int = 5) -> list[dict]:
     """Updates of a few steps at gradients of varying size."""
+
+    @jax.jit
+    def advance(grads, state, params):
+        update, state = optimizer.update(grads, state, params)
+        return update, state, optax.apply_updates(params, update)
+
     params, state, out = PARAMS, optimizer.init(PARAMS), []
     for step in range(steps):
-        update, state = optimizer.update(gradients(step, size * 10.0 ** -(step % 3)), state, params)
-        params = optax.apply_updates(params, update)
+        update, state, params = advance(gradients(step, size * 10.0 ** -(step % 3)), state, params)
         out.append(update)
     return out
 
@@ -126,7 +130,7 @@ def test_optimizer_is_adamw():
 
 def test_decay_is_for_matrices_only():
     optimizer = make_optimizer(config(weight_decay=0.5), 20)
-    update, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    update, _ = optimizer.update(jax.tree.map(np.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     rate = 6e-4 / 100
     np.testing.assert_allclose(update["matrix"], -rate * 0.5 * PARAMS["matrix"], rtol=1e-5, atol=0)
     np.testing.assert_allclose(update["stack"]["cube"], -rate * 0.5 * PARAMS["stack"]["cube"], rtol=1e-5)

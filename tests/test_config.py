@@ -1,0 +1,179 @@
+"""The configuration: its defaults are the published baseline, it is checked, and every setting of it is used."""
+
+import json
+import math
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from altgrad_jax.config import CHOICES, check_devices, check_keys, load_config, validate
+from altgrad_jax.errors import UsageError
+from tests.runs import ROOT, Lab
+
+BF16 = str(ROOT / "configs" / "bf16.py")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Lab:
+    return Lab(tmp_path_factory.getbasetemp() / "lab")
+
+
+def leaves(config, prefix: str = "") -> set[str]:
+    names = set()
+    for key in config:
+        inner = config[key]
+        names |= (
+            leaves(inner, f"{prefix}{key}.") if isinstance(inner, ml_collections.ConfigDict) else {f"{prefix}{key}"}
+        )
+    return names
+
+
+def changed(**changes) -> ml_collections.ConfigDict:
+    config = load_config(BF16)
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def test_the_defaults_are_the_published_baseline():
+    config = load_config(BF16).to_dict()
+    assert config["seed"] == 42
+    expected = {
+        "model": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=50257, dropout=0.0, bias=False),
+        "train": dict(steps=2000, batch_size=12, grad_accumulation=1, log_every=1, eval_every=100),
+        "optimizer": dict(name="adamw", learning_rate=6e-4, warmup_steps=100, schedule="cosine", min_lr_ratio=0.1)
+        | dict(b1=0.9, b2=0.95, weight_decay=0.1, grad_clip=1.0),
+        "precision": dict(compute="bfloat16"),
+        "checkpoint": dict(every=100, max_to_keep=3),
+        "stability": dict(nan_patience=10),
+        "tracking": dict(wandb="offline", project="altgrad", name="bf16-baseline", tags=("baseline", "bf16", "eurlex")),
+    }
+    for section, values in expected.items():
+        assert values.items() <= config[section].items(), section
+    assert config["model"]["tie_embeddings"] is True
+
+
+@pytest.mark.parametrize("variant", ["", ":quick"])
+def test_every_config_file_is_valid_and_locked(variant):
+    for path in (ROOT / "configs").glob("*.py"):
+        config = load_config(f"{path}{variant}")
+        validate(config)
+        assert config.is_locked
+        with pytest.raises(AttributeError):
+            config.model.layers = 3
+        with pytest.raises(TypeError):
+            config.train.steps = "many"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train__steps": 0}, "config.train.steps=0 must be at least 1"),
+        ({"stability__nan_patience": 0}, "config.stability.nan_patience=0 must be at least 1"),
+        ({"checkpoint__max_to_keep": 0}, "config.checkpoint.max_to_keep=0 must be at least 1"),
+        ({"optimizer__learning_rate": math.inf}, "config.optimizer.learning_rate=inf must be 0 or more"),
+        ({"optimizer__grad_clip": -1.0}, "config.optimizer.grad_clip=-1.0 must be 0 or more"),
+        ({"optimizer__b1": 1.0}, "config.optimizer.b1=1.0 must lie between 0 and 1"),
+        ({"model__dropout": -0.1}, "config.model.dropout=-0.1 must lie between 0 and 1"),
+        ({"optimizer__eps": 0.0}, "config.optimizer.eps=0.0 must be above 0"),
+        ({"model__n_embd": 100}, "n_embd=100 is not divisible by config.model.n_head=6; n_embd=102 would be"),
+        ({"train__grad_accumulation": 5}, "batch_size=12 is not divisible by config.train.grad_accumulation=5"),
+        ({"data__vocab_size": 50258}, "config.data.vocab_size=50258 is larger than config.model.vocab_size=50257"),
+        ({"data__name": "files"}, "config.data.name=files needs config.data.path"),
+        ({"data__path": "x.txt"}, "config.data.path is read only with config.data.name=files"),
+        *(({key.replace(".", "__"): "other"}, f"config.{key}='other' is not one of") for key in CHOICES),
+    ],
+)
+def test_values_that_cannot_work_are_named(changes, says):
+    with pytest.raises(UsageError) as caught:
+        validate(changed(**changes))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_violations_are_reported_at_once():
+    with pytest.raises(UsageError, match=r"train.steps=0 .*; .*seed=-1 .*; .*n_embd=100 "):
+        validate(changed(train__steps=0, seed=-1, model__n_embd=100))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train.step", "train.steps"),
+        ("trian.steps", "train.steps"),
+        ("optimiser.learning_rate", "optimizer.learning_rate"),
+        ("model.n_heads", "model.n_head"),
+        ("sead", "seed"),
+        ("tracking", "tracking.tags"),
+    ],
+)
+def test_the_nearest_key_is_named(typed, meant):
+    config = load_config(BF16)
+    check_keys(config, leaves(config))
+    with pytest.raises(UsageError, match=rf"unknown config key config.{typed}: did you mean config.{meant}\?"):
+        check_keys(config, ["train.steps", typed])
+
+
+def test_batches_that_do_not_divide():
+    check_devices(changed(train__batch_size=12), 4, 3)
+    check_devices(changed(train__batch_size=12, parallel__devices=3), 8, 2)
+    with pytest.raises(UsageError, match=r"batch_size=12 is not divisible by 8 devices .*batch_size=16 or fewer"):
+        check_devices(changed(train__batch_size=12), 8, 1)
+    with pytest.raises(UsageError, match=r"8 devices x grad_accumulation=3; use --config.train.batch_size=24"):
+        check_devices(changed(train__batch_size=12, train__grad_accumulation=3), 4, 2)
+    with pytest.raises(UsageError, match=r"parallel.devices=9, but this host has 8"):
+        check_devices(changed(parallel__devices=9), 8, 1)
+
+
+# The main job, with every read of a setting noted; checks of values and copies of the whole configuration left out.
+COUNT_READS = """
+import json, sys
+from types import SimpleNamespace
+from ml_collections import ConfigDict
+from altgrad_jax import main
+from altgrad_jax.config import load_config
+from altgrad_jax.model import GPTConfig
+
+file, workdir, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+config = load_config(file)
+config.update_from_flattened_dict(changes)
+sections = {name: value for name, value in config.items() if isinstance(value, ConfigDict)}
+leaves = {f"{name}.{key}" for name, section in sections.items() for key in section} | set(config) - set(sections)
+prefixes = {id(config): ""} | {id(section): f"{name}." for name, section in sections.items() if name != "model"}
+read, copying = set(), False
+getitem, to_dict = ConfigDict.__getitem__, ConfigDict.to_dict
+
+def noted_getitem(self, key):
+    if not copying and id(self) in prefixes:
+        read.add(prefixes[id(self)] + key)
+    return getitem(self, key)
+
+def to_dict_not_noted(self, *args, **kwargs):
+    global copying
+    copying = True
+    try:
+        return to_dict(self, *args, **kwargs)
+    finally:
+        copying = False
+
+def noted_shape(self, name):  # the model's settings count when the model itself reads them
+    if sys._getframe(1).f_code.co_name not in ("__hash__", "__eq__"):
+        read.add(f"model.{name}")
+    return object.__getattribute__(self, name)
+
+ConfigDict.__getitem__, ConfigDict.to_dict = noted_getitem, to_dict_not_noted
+GPTConfig.__getattribute__ = noted_shape
+main.validate = lambda config: None
+main.CONFIG, main.WORKDIR = SimpleNamespace(value=config), SimpleNamespace(value=workdir)
+assert main.main() == 0
+print(json.dumps(sorted(leaves - read)))
+"""
+
+
+def test_every_setting_is_read_by_the_program(lab, tmp_path):
+    """A setting that nothing reads does nothing, whatever its comment promises."""
+    changes = lab.changes({"tracking.wandb": "offline"})
+    command = [sys.executable, "-c", COUNT_READS, BF16, str(tmp_path / "run"), json.dumps(changes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []

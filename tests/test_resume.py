@@ -1,0 +1,216 @@
+"""However a run is stopped, the next start of the same command ends in the same bits, or says why it cannot."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.tracking import read_metrics
+from tests.runs import (
+    ROOT,
+    Lab,
+    bits,
+    checkpoint_steps,
+    ended,
+    kill,
+    snapshot,
+    summary,
+    train_losses,
+    wait_for_step,
+)
+
+LONG = {"train.steps": 2000, "optimizer.decay_steps": 20, "checkpoint.every": 5}  # the same schedule, no end in sight
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Lab:
+    return Lab(tmp_path_factory.getbasetemp() / "lab")
+
+
+@pytest.fixture(scope="module")
+def finished(lab, tmp_path_factory):
+    """A run of 40 steps with its schedule over at 20. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert lab.train(workdir, train__steps=40, optimizer__decay_steps=20) == 0
+    return workdir
+
+
+@pytest.fixture
+def halfway(lab, finished, tmp_path):
+    """The same run stopped at step 20 by its number of steps."""
+    workdir = tmp_path / "run"
+    assert lab.train(workdir, optimizer__decay_steps=20) == 0
+    return workdir
+
+
+def go_on(lab, workdir, **changes) -> int:
+    return lab.train(workdir, train__steps=40, optimizer__decay_steps=20, **changes)
+
+
+def assert_equal(workdir, finished) -> None:
+    assert bits(workdir) == bits(finished)
+    assert summary(workdir)["status"] == "finished"
+    assert summary(workdir)["parameter_sha256"] == summary(finished)["parameter_sha256"]
+
+
+def test_more_steps_with_the_schedule_fixed(lab, halfway, finished):
+    assert go_on(lab, halfway) == 0
+    assert_equal(halfway, finished)
+    assert [s["from_step"] for s in json.loads((halfway / "manifest.json").read_text())["sessions"]] == [0, 20]
+
+
+def test_killed_and_started_again(lab, finished, tmp_path):
+    """Once while training, once while what is left of a checkpoint lies about; the long form is a benchmark."""
+    workdir = tmp_path / "run"
+    for step in (7, 21):
+        process = lab.start(workdir, LONG)
+        wait_for_step(process, workdir, step)
+        kill(process)
+        assert not (workdir / "summary.json").exists()
+    shutil.copytree(workdir / "checkpoints" / "10", workdir / "checkpoints" / "15.orbax-checkpoint-tmp")
+    for step in checkpoint_steps(workdir):
+        if step > 30:  # the process went on for a little
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert go_on(lab, workdir) == 0
+    assert_equal(workdir, finished)
+
+
+def test_a_second_process_is_refused_and_a_signal_ends_the_first(lab, finished, tmp_path):
+    workdir = tmp_path / "run"
+    process = lab.start(workdir, LONG)
+    wait_for_step(process, workdir, 3)
+    with pytest.raises(UserError, match=r"another process is training in .*; wait for it to end or use another"):
+        lab.train(workdir)
+    os.kill(process.pid, signal.SIGTERM)
+    done = ended(process)
+    assert done.code == 143 and done.err == "", done
+    step = summary(workdir)["step"]
+    assert summary(workdir)["status"] == "interrupted" and f"interrupted at step {step}" in done.out
+    assert checkpoint_steps(workdir)[-1] == step == read_metrics(workdir / "metrics.jsonl")[-1]["step"]
+    if step < 40:
+        assert go_on(lab, workdir) == 0
+        assert_equal(workdir, finished)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_every_process_of_the_terminal(lab, tmp_path):
+    """W&B's too: it must still take the last records."""
+    process = lab.start(tmp_path / "run", LONG | {"tracking.wandb": "offline"})
+    wait_for_step(process, tmp_path / "run", 3)
+    os.killpg(process.pid, signal.SIGINT)
+    done = ended(process)
+    assert done.code == 130 and done.err == "", done
+    assert summary(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_a_second_signal_ends_at_once():
+    program = (
+        "import os, signal, time\n"
+        "from altgrad_jax.interrupt import GracefulStop\n"
+        "with GracefulStop() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print(stop.requested, stop.exit_code, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "True 130\n", "")
+
+
+@pytest.mark.parametrize("item", ["state", "iterator", "manifest"])
+def test_a_damaged_newest_checkpoint_costs_steps_not_bits(lab, halfway, finished, caplog, item):
+    for path in (halfway / "checkpoints" / "20" / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert go_on(lab, halfway) == 0
+    assert f"checkpoint {halfway / 'checkpoints' / '20'} is damaged" in caplog.text
+    assert f"moved to {halfway / 'damaged' / '20.0'}; resuming from step 15" in caplog.text
+    assert_equal(halfway, finished)
+
+
+def test_with_every_checkpoint_damaged_nothing_starts(lab, halfway):
+    for step in checkpoint_steps(halfway):
+        (halfway / "checkpoints" / str(step) / "manifest" / "metadata").unlink()
+    before = snapshot(halfway)
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(steps 20, 15, 10\)"):
+        go_on(lab, halfway)
+    assert snapshot(halfway) == before
+
+
+def test_a_full_disk(lab, halfway, finished):
+    """No file may grow past 20 kB: checkpoints fail as they do when the disk is full."""
+    before = snapshot(halfway / "checkpoints")
+    limit = 20_000
+    changes = {"train.steps": 40, "optimizer.decay_steps": 20}
+    done = lab.run(halfway, changes, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.code == 1
+    assert done.err.startswith("error: a checkpoint could not be written to ") and done.err.count("\n") == 1, done.err
+    assert "checkpoints kept: 10, 15, 20. Free some space and run the same command again" in done.err
+    assert summary(halfway)["status"] == "failed"
+    assert {k: v for k, v in snapshot(halfway / "checkpoints").items() if "tmp" not in k} == before
+    assert go_on(lab, halfway) == 0
+    assert_equal(halfway, finished)
+
+
+DIFFERENT = [
+    ({"model__n_layer": 2}, ["model.n_layer: 1 -> 2"]),
+    ({"model__n_embd": 64, "model__n_head": 4}, ["model.n_embd: 32 -> 64", "model.n_head: 2 -> 4"]),
+    ({"precision__compute": "float32"}, ["precision.compute: bfloat16 -> float32"]),
+    ({"optimizer__b2": 0.99, "seed": 1}, ["optimizer.b2: 0.95 -> 0.99", "seed: 42 -> 1"]),
+    ({"train__batch_size": 4}, ["train.batch_size: 8 -> 4"]),
+    ({"train__steps": 30, "optimizer__decay_steps": 0}, ["optimizer.decay_steps: 20 -> 30"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "differences"), DIFFERENT)
+def test_another_run_is_refused(lab, finished, changes, differences):
+    before = snapshot(finished)
+    with pytest.raises(UserError) as caught:
+        lab.train(finished, **{"train__steps": 60, "optimizer__decay_steps": 20} | changes)
+    assert f"belongs to a different run ({'; '.join(differences)}); use the settings it" in str(caught.value)
+    assert snapshot(finished) == before
+
+
+def test_other_data_is_refused(lab, finished, tmp_path):
+    (tmp_path / "corpus.txt").write_text(lab.corpus.read_text() + " one word more")
+    before = snapshot(finished)
+    with pytest.raises(UserError, match=r"belongs to a different run \(data.sha256: [0-9a-f]{64} -> [0-9a-f]{64}\)"):
+        go_on(lab, finished, data__path=str(tmp_path / "corpus.txt"))
+    assert snapshot(finished) == before
+
+
+def test_what_may_change_at_a_restart(lab, halfway, finished):
+    other = {"tracking__name": "x", "tracking__tags": ("a",), "train__log_every": 4, "train__eval_every": 7}
+    other |= {"checkpoint__every": 3, "checkpoint__max_to_keep": 1, "train__eval_batches": 1}
+    assert go_on(lab, halfway, **other) == 0
+    assert set(train_losses(halfway)) < set(train_losses(finished))
+    assert summary(halfway)["parameter_sha256"] == summary(finished)["parameter_sha256"]
+    assert json.loads((halfway / "config.json").read_text())["tracking"]["name"] == "x"
+    assert checkpoint_steps(halfway) == [40]
+
+
+@pytest.mark.slow
+def test_dropout_and_microbatches_resume_to_the_bit(lab, tmp_path):
+    changes = {"model__dropout": 0.2, "train__grad_accumulation": 2, "optimizer__decay_steps": 20}
+    assert lab.train(tmp_path / "whole", train__steps=30, **changes) == 0
+    for steps in (20, 30):
+        assert lab.train(tmp_path / "run", train__steps=steps, **changes) == 0
+    assert_equal(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_killed_at_random_moments(tmp_path, devices):
+    """The benchmark that kills a run twenty times, shortened."""
+    out = tmp_path / "resume.json"
+    command = [sys.executable, "benchmarks/resume.py", "--kills=3", f"--devices={devices}", "--seed=1", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert results["equal"] and len(results["kills"]) == 3 and results["kills_during_a_save"] >= 1

@@ -1,0 +1,181 @@
+"""metrics.jsonl is whole whatever happens; W&B gets the same records; the console shows them."""
+
+import io
+import json
+import math
+import shutil
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from altgrad_jax.console import ConsoleSink
+from altgrad_jax.errors import UserError
+from altgrad_jax.tracking import MetricsFile, read_metrics
+from tests.runs import SECRET, SECRETS, Lab, summary, train_losses
+
+RECORDS = [
+    {"step": 1, "train/loss": 2.0000000000000004, "train/nonfinite_steps": 0},
+    {"step": 2, "train/loss": math.nan, "train/grad_norm": math.inf},
+    {"step": 3, "train/loss": -math.inf, "val/loss": 1e-300},
+    {"step": 4, "train/loss": 0.1},
+]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Lab:
+    return Lab(tmp_path_factory.getbasetemp() / "lab")
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write(tmp_path / "metrics.jsonl", RECORDS)
+
+
+def write(path: Path, records: list[dict[str, Any]], resume_step: int = 0) -> Path:
+    file = MetricsFile(path, resume_step)
+    for record in records:
+        file.log(record)
+    file.sync()
+    file.close("finished")
+    return path
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_every_line_is_json_and_comes_back_equal(path):
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    assert repr(read_metrics(path)) == repr(RECORDS)
+
+
+def test_a_line_is_in_the_file_before_the_next_is_logged(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for number, record in enumerate(RECORDS, 1):
+        file.log(record)
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == number
+    file.close("failed")
+
+
+def test_a_file_torn_at_any_byte_keeps_its_whole_lines(path):
+    data = path.read_bytes()
+    for cut in range(len(data)):
+        path.write_bytes(data[:cut])
+        whole = data[:cut].count(b"\n") + (data[cut : cut + 1] == b"\n")  # only the line's end is missing: whole, too
+        assert repr(read_metrics(path)) == repr(RECORDS[:whole])
+    path.write_bytes(data + b"\x00\xff{")
+    assert len(read_metrics(path)) == 4
+
+
+@pytest.mark.parametrize("line", [b"{", b"5", b"{}", b"\xff\xfe", b'{"step": 1} {"step": 2}'])
+def test_damage_in_the_middle_is_told(path, line):
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2 .*restore it or use a new --workdir"):
+        MetricsFile(path, 3)
+    assert path.read_bytes().split(b"\n")[1] == line
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(0, 0), (2, 2), (4, 4), (9, 4)])
+def test_lines_past_the_checkpoint_are_cut(path, resume_step, kept):
+    path.write_bytes(path.read_bytes() + b'{"step": 5, "tr')
+    write(path, [{"step": 10}], resume_step)
+    assert repr(read_metrics(path)) == repr([*RECORDS[:kept], {"step": 10}])
+    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_told(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file._file.close()
+    file._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"No space left .* older checkpoints are whole: make room and run"):
+        file.log(RECORDS[0])
+    with suppress(OSError):
+        file.close("failed")
+
+
+def read_wandb(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Run ids and history of an offline run's file: LevelDB's log format, blocks of 32 KiB after 7 bytes of header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [path] = folder.glob("*.wandb")
+    data, position, record, ids, history = path.read_bytes(), 7, b"", [], []
+    while position + 7 <= len(data):
+        if position % 32768 > 32768 - 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            parsed, record = Record.FromString(record), b""
+            if parsed.HasField("run"):
+                ids.append(parsed.run.run_id)
+            if parsed.HasField("history"):
+                items = parsed.history.item
+                history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return ids, history
+
+
+def test_wandb_offline_holds_the_whole_run_in_every_session(lab, tmp_path, monkeypatch):
+    """One id; each session's file has every step once, under its own number; and the losses are those without W&B."""
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "run"
+    assert lab.train(run, tracking__wandb="offline") == 0
+    shutil.rmtree(run / "checkpoints" / "20")
+    assert lab.train(run, tracking__wandb="offline") == 0
+    assert lab.train(tmp_path / "without") == 0
+    assert train_losses(run) == train_losses(tmp_path / "without")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [session["from_step"] for session in manifest["sessions"]] == [0, 15]
+    expected = [(r["step"], r.get("train/loss"), r.get("val/loss")) for r in read_metrics(run / "metrics.jsonl")]
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        ids, history = read_wandb(folder)
+        assert set(ids) == {manifest["run_id"]}
+        assert [(r["step"], r.get("train/loss"), r.get("val/loss")) for r in history] == expected
+        assert [r["_step"] for r in history] == [r["step"] for r in history]
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(lab, tmp_path):
+    run = tmp_path / "run"
+    harmless = {"JAX_TRACEBACK_FILTERING": "off", "NCCL_DEBUG": "WARN"}
+    done = lab.run(run, {"tracking.wandb": "offline"}, environment=SECRETS | harmless)
+    assert done.code == 0 and done.err == "", done.err
+    environment = json.loads((run / "manifest.json").read_text())["sessions"][0]["environment"]
+    assert harmless.items() <= environment.items(), "what tunes JAX is recorded"
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written) and summary(run)["status"] == "finished"
+    for path in written:
+        assert SECRET.encode() not in path.read_bytes(), path
+    assert SECRET not in done.out
+
+
+def show(records: list[dict[str, Any]], terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, highlight=False)
+    sink = ConsoleSink(console, 0, 40)
+    for record in records:
+        sink.log(record)
+    sink.close("finished")
+    return out.getvalue()
+
+
+def test_the_console_without_and_with_a_terminal():
+    steps = [{"step": n, "train/loss": 3.0 - n / 40, "train/tokens_per_second": 12345.6} for n in range(1, 41)]
+    steps[19] |= {"val/loss": 2.5, "val/perplexity": math.exp(2.5), "val/loss_above_floor": 0.25}
+    steps[39] |= {"val/loss": 2.75, "val/perplexity": math.exp(2.75)}
+    plain = show(steps, terminal=False).splitlines()
+    assert [line.split()[1] for line in plain] == ["1/40", "20/40", "40/40"], "one at once, then evaluations"
+    assert "loss 2.9750" in plain[0] and "12,346 tokens/s" in plain[0] and "eta 0:0" in plain[0]
+    assert "val loss 2.5000  perplexity 12.18  above floor 0.2500  best" in plain[1]
+    assert "val loss 2.7500" in plain[2] and "best" not in plain[2] and "eta" not in plain[2]
+    live = show(steps, terminal=True)
+    assert "40/40" in live and "loss 2.0000" in live and "val loss 2.5000" in live and "\x1b[" in live
