@@ -180,7 +180,7 @@ class Wandb:
                 f"W&B could not start ({str(e).strip().splitlines()[0]});"
                 " --config.tracking.wandb=offline needs no network"
             ) from e
-        # W&B's own step must never go back, but online a resumed run repeats steps: so the step is a metric like others.
+        # Its own step must never go back, but online a resumed run repeats steps: so the step is a metric like others.
         self._run.define_metric("*", step_metric="step")
         # Offline, W&B knows nothing of earlier sessions: each would begin at its step 0, and when they are synced the
         # last would replace the others (wandb/wandb#5865, #11144). So each session holds the whole run.
