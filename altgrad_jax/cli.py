@@ -15,6 +15,13 @@ from ml_collections import ConfigDict, config_flags
 from altgrad_jax.config import check_keys, load_config
 from altgrad_jax.errors import UsageError, UserError
 
+# Packages that training from a token cache does without, by module, as pip calls them.
+NOT_FOR_TRAINING = {
+    "tensorflow_datasets": "tensorflow-datasets array_record importlib_resources",
+    "tokenizers": "tokenizers",
+    "tiktoken": "tiktoken",
+}
+
 
 def fail(error: UserError) -> int:
     """Prints the one line and returns the exit status."""
@@ -46,6 +53,12 @@ def run(main: Callable[[], int]) -> None:
             return main()
         except UserError as e:
             return fail(e)
+        except ModuleNotFoundError as e:
+            if e.name not in NOT_FOR_TRAINING:
+                raise
+            return fail(
+                UserError(f"this needs a package that is not installed: pip install {NOT_FOR_TRAINING[e.name]}")
+            )
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -164,28 +164,19 @@ class Lab:
         self,
         workdir: Path,
         changes: Mapping[str, Any] = {},
-        *,
-        devices: int = 1,
-        environment: Mapping[str, str | None] = {},
-        **popen: Any,
+        environment: Mapping[str, str] = {},
     ) -> subprocess.Popen:
-        """Starts a process of its own, in its own process group, with so many virtual devices."""
+        """Starts a process of its own, in its own process group, with as many virtual devices as this one."""
         command = [sys.executable, "-m", "altgrad_jax.main", *self.arguments(workdir, changes)]
-        variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={key: value for key, value in variables.items() if value is not None},
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **popen,
         )
-
-    def run(self, workdir: Path, changes: Mapping[str, Any] = {}, **options: Any) -> Ended:
-        """Runs a process of its own to its end; options as for `start`."""
-        return ended(self.start(workdir, changes, **options))
 
     def run_forks(self, cases: Sequence[Sequence[str]]) -> list[Ended]:
         """Runs the main job once for each list of arguments, with as many virtual devices as this process."""

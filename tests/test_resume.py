@@ -41,12 +41,17 @@ def finished(lab, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def halfway(lab, finished, tmp_path):
-    """The same run stopped at step 20 by its number of steps."""
-    workdir = tmp_path / "run"
+@pytest.fixture(scope="module")
+def half(lab, tmp_path_factory):
+    """The same run, of 20 steps. Not to be changed: take `halfway`."""
+    workdir = tmp_path_factory.mktemp("half") / "run"
     assert lab.train(workdir, optimizer__decay_steps=20) == 0
     return workdir
+
+
+@pytest.fixture
+def halfway(half, tmp_path):
+    return shutil.copytree(half, tmp_path / "run")
 
 
 def go_on(lab, workdir, **changes) -> int:
@@ -146,9 +151,9 @@ def test_with_every_checkpoint_damaged_nothing_starts(lab, halfway):
 def test_a_full_disk(lab, halfway, finished):
     """No file may grow past 20 kB: checkpoints fail as they do when the disk is full."""
     before = snapshot(halfway / "checkpoints")
-    limit = 20_000
-    changes = {"train.steps": 40, "optimizer.decay_steps": 20}
-    done = lab.run(halfway, changes, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    process = lab.start(halfway, {"train.steps": 40, "optimizer.decay_steps": 20})
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    done = ended(process)
     assert done.code == 1
     assert done.err.startswith("error: a checkpoint could not be written to ") and done.err.count("\n") == 1, done.err
     assert "checkpoints kept: 10, 15, 20. Free some space and run the same command again" in done.err

@@ -15,7 +15,7 @@ from rich.console import Console
 from altgrad_jax.console import ConsoleSink
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import MetricsFile, read_metrics
-from tests.runs import SECRET, SECRETS, Lab, summary, train_losses
+from tests.runs import SECRET, SECRETS, Lab, ended, summary, train_losses
 
 RECORDS = [
     {"step": 1, "train/loss": 2.0000000000000004, "train/nonfinite_steps": 0},
@@ -147,7 +147,7 @@ def test_wandb_offline_holds_the_whole_run_in_every_session(lab, tmp_path, monke
 def test_no_secret_of_the_environment_is_written_anywhere(lab, tmp_path):
     run = tmp_path / "run"
     harmless = {"JAX_TRACEBACK_FILTERING": "off", "NCCL_DEBUG": "WARN"}
-    done = lab.run(run, {"tracking.wandb": "offline"}, environment=SECRETS | harmless)
+    done = ended(lab.start(run, {"tracking.wandb": "offline"}, SECRETS | harmless))
     assert done.code == 0 and done.err == "", done.err
     environment = json.loads((run / "manifest.json").read_text())["sessions"][0]["environment"]
     assert harmless.items() <= environment.items(), "what tunes JAX is recorded"
