@@ -53,6 +53,9 @@ def run(main: Callable[[], int]) -> None:
             return main()
         except UserError as e:
             return fail(e)
+        except KeyboardInterrupt:  # before or after training, which sees to Ctrl-C itself
+            print("interrupted", file=sys.stderr)
+            return 130
         except ModuleNotFoundError as e:
             if e.name not in NOT_FOR_TRAINING:
                 raise

@@ -181,3 +181,9 @@ def test_the_command_itself(tmp_path):
     assert not (tmp_path / "run").exists()
     done = subprocess.run([*command, "--help"], **options)
     assert done.returncode == 0 and "--workdir" in done.stdout and not done.stderr
+
+
+def test_ctrl_c_while_nothing_is_being_trained():
+    program = "import os, signal; from altgrad_jax import cli; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

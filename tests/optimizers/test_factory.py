@@ -130,7 +130,7 @@ def test_optimizer_is_adamw():
 
 def test_decay_is_for_matrices_only():
     optimizer = make_optimizer(config(weight_decay=0.5), 20)
-    update, _ = optimizer.update(jax.tree.map(np.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    update, _ = jax.jit(optimizer.update)(jax.tree.map(np.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     rate = 6e-4 / 100
     np.testing.assert_allclose(update["matrix"], -rate * 0.5 * PARAMS["matrix"], rtol=1e-5, atol=0)
     np.testing.assert_allclose(update["stack"]["cube"], -rate * 0.5 * PARAMS["stack"]["cube"], rtol=1e-5)
