@@ -167,6 +167,7 @@ class Lab:
         environment: Mapping[str, str] = {},
     ) -> subprocess.Popen:
         """Starts a process of its own, in its own process group, with as many virtual devices as this one."""
+        self.prepare()
         command = [sys.executable, "-m", "altgrad_jax.main", *self.arguments(workdir, changes)]
         return subprocess.Popen(
             command,

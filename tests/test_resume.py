@@ -103,17 +103,6 @@ def test_a_second_process_is_refused_and_a_signal_ends_the_first(lab, finished, 
         assert_equal(workdir, finished)
 
 
-@pytest.mark.slow
-def test_ctrl_c_reaches_every_process_of_the_terminal(lab, tmp_path):
-    """W&B's too: it must still take the last records."""
-    process = lab.start(tmp_path / "run", LONG | {"tracking.wandb": "offline"})
-    wait_for_step(process, tmp_path / "run", 3)
-    os.killpg(process.pid, signal.SIGINT)
-    done = ended(process)
-    assert done.code == 130 and done.err == "", done
-    assert summary(tmp_path / "run")["status"] == "interrupted"
-
-
 def test_a_second_signal_ends_at_once():
     program = (
         "import os, signal, time\n"

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.console import Console
 from altgrad_jax.console import ConsoleSink
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import MetricsFile, read_metrics
-from tests.runs import SECRET, SECRETS, Lab, ended, summary, train_losses
+from tests.runs import SECRET, SECRETS, Lab, ended, summary, train_losses, wait_for_step
 
 RECORDS = [
     {"step": 1, "train/loss": 2.0000000000000004, "train/nonfinite_steps": 0},
@@ -142,6 +144,20 @@ def test_wandb_offline_holds_the_whole_run_in_every_session(lab, tmp_path, monke
         assert set(ids) == {manifest["run_id"]}
         assert [(r["step"], r.get("train/loss"), r.get("val/loss")) for r in history] == expected
         assert [r["_step"] for r in history] == [r["step"] for r in history]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_wandb_whole(lab, tmp_path):
+    """It reaches every process of the terminal, W&B's too, which must still take the last records."""
+    run = tmp_path / "run"
+    process = lab.start(run, {"tracking.wandb": "offline", "train.steps": 2000, "optimizer.decay_steps": 20})
+    wait_for_step(process, run, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    done = ended(process)
+    assert done.code == 130 and done.err == "", done
+    assert summary(run)["status"] == "interrupted"
+    [folder] = (run / "wandb").glob("offline-run-*")
+    assert [r["step"] for r in read_wandb(folder)[1]] == [r["step"] for r in read_metrics(run / "metrics.jsonl")]
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(lab, tmp_path):
