@@ -8,6 +8,7 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Loop:
             self.state, metrics = exp.run_train(self.state, exp.shard(next(batches)))
             if self.compile_seconds == 0.0:
                 self.compile_seconds = time.monotonic() - began
-                self._meter.restart()
+                self._meter.restart(self.step)
             # While the devices work on this step, the host sees to the one before.
             if previous is not None and self._log(self._fetch(*previous)):
                 return "diverged"
@@ -200,15 +201,23 @@ class Loop:
 
 
 class Meter:
-    """Training speed from record to record, with evaluation and saving left out."""
+    """Training speed over the last steps, with evaluation and saving left out.
+
+    A step's metrics come one step late, but at once where the loop stops to evaluate or to save: the time from one
+    record to the next says little, that of `WINDOW` steps is right.
+    """
+
+    WINDOW = 10
 
     def __init__(self, tokens_per_step: int, step: int):
-        self._tokens_per_step, self._step = tokens_per_step, step
-        self.restart()
+        self._tokens_per_step, self._paused = tokens_per_step, 0.0
+        self._marks: deque[tuple[int, float]] = deque(maxlen=self.WINDOW + 1)
+        self.restart(step)
 
-    def restart(self) -> None:
-        """Forgets the time since the last record; called when the first step has been compiled."""
-        self._since, self._paused = time.monotonic(), 0.0
+    def restart(self, step: int) -> None:
+        """Forgets what was before; called when the first step has been compiled."""
+        self._marks.clear()
+        self._marks.append((step, time.monotonic() - self._paused))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -218,12 +227,10 @@ class Meter:
         self._paused += time.monotonic() - began
 
     def rate(self, step: int) -> float:
-        """Tokens per second of the steps since the last call."""
-        seconds = time.monotonic() - self._since - self._paused
-        rate = self._tokens_per_step * (step - self._step) / max(seconds, 1e-9)
-        self._step = step
-        self.restart()
-        return rate
+        """Tokens per second now that a step has ended."""
+        self._marks.append((step, time.monotonic() - self._paused))
+        (first, since), (_, now) = self._marks[0], self._marks[-1]
+        return self._tokens_per_step * (step - first) / max(now - since, 1e-9)
 
 
 def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:

@@ -31,7 +31,7 @@ def run_two_hosts(lab: Lab, workdir: Path, **changes: object) -> list[Ended]:
 
 def test_two_hosts_train_as_one_and_resume_to_the_bit(lab: Lab, tmp_path: Path) -> None:
     alone = {"precision.compute": "float32"}
-    assert lab.run(tmp_path / "one", alone).code == 0
+    assert ended(lab.start(tmp_path / "one", alone)).code == 0
     straight = run_two_hosts(lab, tmp_path / "two", precision__compute="float32")
     assert [done.code for done in straight] == [0, 0], straight
     one, two = train_losses(tmp_path / "one"), train_losses(tmp_path / "two")
@@ -52,7 +52,9 @@ def test_two_hosts_train_as_one_and_resume_to_the_bit(lab: Lab, tmp_path: Path) 
 
 
 def test_a_malformed_coordinator(lab: Lab, tmp_path: Path) -> None:
-    done = lab.run(tmp_path / "run", {"parallel.coordinator": "no port", "parallel.hosts": 2, "parallel.host": 1})
+    done = ended(
+        lab.start(tmp_path / "run", {"parallel.coordinator": "no port", "parallel.hosts": 2, "parallel.host": 1})
+    )
     assert done.code == 2
     assert done.err.splitlines() == ["error: config.parallel.coordinator='no port' is not host:port"]
     assert not (tmp_path / "run").exists()

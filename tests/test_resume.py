@@ -128,6 +128,17 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_bits(lab, halfway, finished
     assert_equal(halfway, finished)
 
 
+def test_damage_is_told_in_two_lines(lab, halfway, finished):
+    """Not in the pages that Python prints about what the storage layers leave behind; so in a process of its own."""
+    (halfway / "checkpoints" / "20" / "state" / "array_metadatas" / "process_0").write_text("")
+    done = ended(lab.start(halfway, {"train.steps": 40, "optimizer.decay_steps": 20}))
+    assert done.code == 0
+    told, moved = done.err.splitlines()
+    assert told.startswith(f"WARNING: checkpoint {halfway / 'checkpoints' / '20'} is damaged: ")
+    assert moved == f"WARNING: moved to {halfway / 'damaged' / '20.0'}; resuming from step 15"
+    assert_equal(halfway, finished)
+
+
 def test_with_every_checkpoint_damaged_nothing_starts(lab, halfway):
     for step in checkpoint_steps(halfway):
         (halfway / "checkpoints" / str(step) / "manifest" / "metadata").unlink()

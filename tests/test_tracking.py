@@ -129,10 +129,10 @@ def test_wandb_offline_holds_the_whole_run_in_every_session(lab, tmp_path, monke
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"
-    assert lab.train(run, tracking__wandb="offline") == 0
+    assert lab.train(run, tracking__wandb="offline", train__log_every=3) == 0
     shutil.rmtree(run / "checkpoints" / "20")
-    assert lab.train(run, tracking__wandb="offline") == 0
-    assert lab.train(tmp_path / "without") == 0
+    assert lab.train(run, tracking__wandb="offline", train__log_every=3) == 0
+    assert lab.train(tmp_path / "without", train__log_every=3) == 0
     assert train_losses(run) == train_losses(tmp_path / "without")
     manifest = json.loads((run / "manifest.json").read_text())
     assert [session["from_step"] for session in manifest["sessions"]] == [0, 15]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from altgrad_jax import experiment, step
+from altgrad_jax import train as training
 from altgrad_jax.checkpoint import Checkpoints
 from altgrad_jax.errors import UserError
 from altgrad_jax.experiment import Experiment
@@ -203,6 +204,26 @@ def test_a_signal_at_any_moment_saves_and_leaves(lab, finished, tmp_path, monkey
     assert lab.train(workdir) == 0
     assert bits(workdir) == bits(finished)
     assert summary(workdir)["parameter_sha256"] == summary(finished)["parameter_sha256"]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_speed_is_that_of_the_steps(monkeypatch, waits):
+    """Steps of 0.1 s whose metrics come a step late, stops every 7 steps, 5 s of evaluation; `waits`: for the step."""
+    clock = 0.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock)
+    meter, rates = training.Meter(1000, 0), []
+    for number in range(1, 100):
+        clock += 30.0 if number == 1 else 0.1 if waits else 0.0
+        if number == 1:
+            meter.restart(0)
+        elif (number - 1) % 7:
+            rates.append(meter.rate(number - 1))
+        clock += 0.0 if waits else 0.1
+        if number % 7 == 0:
+            rates.append(meter.rate(number))
+            with meter.paused():
+                clock += 5.0
+    assert len(rates) == 98 and all(9000 < rate < 13000 for rate in rates[10:]), rates
 
 
 def test_one_copy_to_the_host_a_step(lab, tmp_path, monkeypatch):
