@@ -67,8 +67,10 @@ class DataParallel:
 
     def __init__(self, device_count: int = 0):
         """Uses the first `device_count` local devices; 0 means all of them."""
-        self.devices = jax.local_devices()[: device_count or None]
         self.hosts = jax.process_count()
+        hosts = [jax.local_devices(process_index=host)[: device_count or None] for host in range(self.hosts)]
+        self.devices = hosts[jax.process_index()]
+        self._everywhere = [device for devices in hosts for device in devices]
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
         # Threads of a CPU's virtual devices wait for each other inside a step; with a second step queued behind the
         # first there are not enough of them, and both stand still.
@@ -98,14 +100,12 @@ class DataParallel:
         return self._settled(self._pmap(step, donate=False))
 
     def _pmap(self, step: Callable, donate: bool) -> Callable:
-        # With several hosts pmap must be left to find the devices itself.
-        devices = self.devices if self.hosts == 1 else None
         return jax.pmap(
             step,
             axis_name=AXIS,
             in_axes=(None, 0),
             out_axes=None,
-            devices=devices,
+            devices=self._everywhere,
             donate_argnums=(0,) if donate else (),
         )
 
@@ -118,19 +118,19 @@ class DataParallel:
         """Replicated over this host's devices -> replicated over all hosts' devices, as checkpoints store it."""
         if self.hosts == 1:
             return tree
-        mesh = Mesh(np.array(jax.devices()), (AXIS,))
+        mesh = Mesh(np.array(self._everywhere), (AXIS,))
         return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
 
     def to_global_abstract(self, tree: Any) -> Any:
         """Shapes and dtypes with the sharding that `to_global` gives."""
         if self.hosts == 1:
             return tree
-        sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+        sharding = NamedSharding(Mesh(np.array(self._everywhere), (AXIS,)), PartitionSpec())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     def to_local(self, tree: Any) -> Any:
         """The inverse of `to_global`."""
         if self.hosts == 1:
             return tree
-        mesh = Mesh(np.array(jax.devices()), (AXIS,))
+        mesh = Mesh(np.array(self._everywhere), (AXIS,))
         return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())
