@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -60,7 +61,9 @@ def _unseal(sealed: Any, what: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an exception, short enough for a log."""
+    """What an exception says of a full disk, else its first line, short enough for a log."""
+    if full := re.search("No space left on device|Disk quota exceeded|File too large", str(error)):
+        return full[0]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
@@ -132,25 +135,24 @@ class Checkpoints:
                 force=True,
             )
         except Exception as e:  # Orbax passes on what its storage layers raise, of no common type
-            raise self._failed_save(step, e) from e
+            raise self._failed_save(e) from e
 
     def wait(self) -> None:
         """Returns when all saves are on disk. Raises UserError if one failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as e:  # as in `save`
-            raise self._failed_save(None, e) from e
+            raise self._failed_save(e) from e
 
     def close(self) -> None:
         """Waits for saves and frees Orbax's threads."""
         self.wait()
         self._manager.close()
 
-    def _failed_save(self, step: int | None, error: Exception) -> UserError:
+    def _failed_save(self, error: Exception) -> UserError:
         kept = ", ".join(map(str, self.steps())) or "none"
-        at = "" if step is None else f" at step {step}"
         return UserError(
-            f"a checkpoint could not be written to {self._folder}{at}: {_reason(error)}; checkpoints kept: {kept}."
+            f"a checkpoint could not be written to {self._folder}: {_reason(error)}; checkpoints kept: {kept}."
             " Free some space and run the same command again"
         )
 

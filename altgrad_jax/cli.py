@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -84,11 +85,20 @@ def quiet_libraries() -> None:
     """Our own log lines go to stderr as they are; of the libraries below us only warnings are shown.
 
     Orbax reports every phase of every save at INFO through absl's logger, which would bury a run's own lines, and at
-    ERROR, with tracebacks, what it then raises.
+    ERROR, with tracebacks, what it then raises. Of the many writes of a save that fails together it raises one; asyncio
+    and TensorStore's threads print a traceback for each of the others, to no one's profit.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("altgrad_jax").setLevel(logging.INFO)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     absl_logging.set_verbosity(absl_logging.FATAL)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 class _ConfigParser(flags.ArgumentParser):

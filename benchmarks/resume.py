@@ -5,7 +5,7 @@
 Half of the kills (SIGKILL) wait for a checkpoint that is being written, some come while the program is still starting,
 restoring or loading its compiled steps, the others at any moment of a step. Equal means: the same SHA-256 of the final
 parameters, and the same losses, gradient norms and validation losses in metrics.jsonl, at the same steps; and every
-session began at the newest checkpoint of the time. Exit status 1 otherwise. Takes about six seconds a kill on two cores.
+session began at the newest checkpoint of the time. Exit status 1 otherwise. About six seconds a kill on two cores.
 """
 
 import argparse
