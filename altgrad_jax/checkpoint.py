@@ -260,17 +260,23 @@ def refuse_differences(stored: dict[str, Any], current: dict[str, Any], where: P
 
 
 def read_params(source: str, like: Any) -> tuple[Any, int, Path]:
-    """Weights of another run: `source` is DIR or DIR@STEP, DIR a work directory or its `checkpoints` folder.
+    """Weights of another run; `read_parts` for the parameters alone."""
+    parts, step, where = read_parts(source, {"params": like})
+    return parts["params"], step, where
+
+
+def read_parts(source: str, like: dict[str, Any]) -> tuple[dict[str, Any], int, Path]:
+    """Parts of another run's state: `source` is DIR or DIR@STEP, DIR a work directory or its `checkpoints` folder.
 
     Args:
       source: where to read.
-      like: the parameters as ShapeDtypeStructs with the shardings wanted.
+      like: field of the TrainState -> its arrays as ShapeDtypeStructs with the shardings wanted.
 
     Returns:
-      The parameters, the step they are from, and the checkpoint's folder.
+      The same fields, the step they are from, and the checkpoint's folder.
 
     Raises:
-      UserError: there is no such checkpoint, it is damaged, or its parameters have other names, shapes or dtypes.
+      UserError: there is no such checkpoint, it is damaged, or its arrays have other names, shapes or dtypes.
     """
     name, _, step_text = source.rpartition("@")
     if not step_text.isdecimal() or Path(source).expanduser().is_dir():  # an @ of the folder's own name
@@ -285,27 +291,27 @@ def read_params(source: str, like: Any) -> tuple[Any, int, Path]:
     step = int(step_text) if step_text else steps[-1]
     where = folder / str(step)
     try:
-        params = _attempt(partial(_read_params, folder, step, like))
+        parts = _attempt(partial(_read_parts, folder, step, like))
     except _DamagedError as e:
         raise UserError(f"the checkpoint {where} is damaged: {e}; choose another with {name}@STEP") from e
-    return jax.tree.map(lambda x: x, params), step, where
+    return jax.tree.map(lambda x: x, parts), step, where
 
 
-def _read_params(folder: Path, step: int, like: Any) -> Any:
+def _read_parts(folder: Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
     manifest = read_manifest(folder, step)
-    wanted = {f"params.{n}": d for n, d in integrity.describe(like).items()}
-    found = {n: d for n, d in manifest["leaves"].items() if n.startswith("params.")}
+    like = {name: tree for name, tree in like.items() if jax.tree.leaves(tree)}
+    fields = tuple(f"{name}." for name in like)
+    wanted = integrity.describe(like)
+    found = {n: d for n, d in manifest["leaves"].items() if n.startswith(fields)}
     if wanted != found:
         different = _differences(found, wanted, most=4)
         raise UserError(f"the weights in {folder / str(step)} do not fit config.model: {different}")
     restore = ocp.args.PyTreeRestore(
-        item={"params": like},
-        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
-        partial_restore=True,
+        item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(folder / str(step) / "state", args=restore)["params"]
-    expected = {n: c for n, c in manifest["checksums"].items() if n.startswith("params.")}
-    if changed := integrity.changed_leaves({"params": params}, expected):
+        parts = reader.restore(folder / str(step) / "state", args=restore)
+    expected = {n: c for n, c in manifest["checksums"].items() if n.startswith(fields)}
+    if changed := integrity.changed_leaves(parts, expected):
         raise ValueError(f"{len(changed)} arrays do not match their checksums, {changed[0]} the first")
-    return params
+    return parts

@@ -14,6 +14,8 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.loss_scale import parse_loss_scale
+from altgrad_jax.precision.policy import BACKENDS, parse_rule
 
 CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
@@ -22,6 +24,7 @@ CHOICES = {
     "optimizer.name": ("adamw",),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "precision.compute": ("bfloat16", "float32"),
+    "precision.backend": BACKENDS,
     "tracking.wandb": ("offline", "online", "disabled"),
 }
 AT_LEAST_ONE = (
@@ -35,6 +38,8 @@ NOT_NEGATIVE = (
         "seed",
         "data.vocab_size",
         "train.loss_chunk",
+        "diagnostics.quant_every",
+        "diagnostics.shadow_every",
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
         "optimizer.decay_steps",
@@ -139,7 +144,20 @@ def _violations(config: ConfigDict) -> Iterator[str]:
             yield f"config.{key}={value} must lie between 0 and 1"
     if config.optimizer.eps <= 0:
         yield f"config.optimizer.eps={config.optimizer.eps} must be above 0"
+    yield from _precision_violations(config)
     yield from _cross_field_violations(config)
+
+
+def _precision_violations(config: ConfigDict) -> Iterator[str]:
+    try:
+        parse_loss_scale(config.train.loss_scale)
+    except UsageError as e:
+        yield str(e)
+    for rule in config.precision.rules:
+        try:
+            parse_rule(rule)
+        except ValueError as e:
+            yield f"config.precision.rules: {e}"
 
 
 def _cross_field_violations(config: ConfigDict) -> Iterator[str]:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from altgrad_jax.precision.dot import matmul
+from altgrad_jax.precision.dot import Prepared, Probe, matmul, product_backward, product_forward
+from altgrad_jax.precision.statistics import over_parts
 
 Array = jax.Array
 
@@ -38,7 +39,15 @@ def _chunks(hidden_NC: Array, targets_N: Array, chunk: int) -> tuple[Array, Arra
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def token_cross_entropy(hidden_NC: Array, w_CV: Array, targets_N: Array, compute_dtype: jnp.dtype, chunk: int) -> Array:
+def token_cross_entropy(
+    hidden_NC: Array,
+    w_CV: Array,
+    targets_N: Array,
+    compute_dtype: jnp.dtype,
+    chunk: int,
+    head: tuple[Prepared, Probe] | None = None,
+    loss_scale: Array | float = 1.0,
+) -> Array:
     """Mean cross entropy of the targets under softmax(hidden w).
 
     Args:
@@ -47,41 +56,67 @@ def token_cross_entropy(hidden_NC: Array, w_CV: Array, targets_N: Array, compute
       targets_N: target token of each position, [N], int32 in [0, V).
       compute_dtype: operands of the output product; the softmax and the sum are float32.
       chunk: most tokens whose logits exist at once.
+      head: the output layer's quantised operands and its probe, where it is quantised; its gradients are rounded at
+        the size they have, that of a mean over N tokens times `loss_scale`, and "current" scales are a chunk's.
+      loss_scale: factor on the gradient, not on the loss: what loss scaling does to everything before the loss.
 
     Returns:
       Scalar float32, nats per token.
     """
+    del loss_scale
+    if head is not None:
+        prepared = head[0]
 
     def step(total, chunk_inputs):
         hidden_nC, targets_n = chunk_inputs
-        logits_nV = matmul(hidden_nC, w_CV, compute_dtype, jnp.float32)
+        if head is None:
+            logits_nV = matmul(hidden_nC, w_CV, compute_dtype, jnp.float32)
+        else:
+            logits_nV = product_forward(hidden_nC, prepared)[0]
         return total + _chunk_loss(logits_nV, targets_n)[0], None
 
     total, _ = lax.scan(step, jnp.zeros((), jnp.float32), _chunks(hidden_NC, targets_N, chunk))
     return total / targets_N.size
 
 
-def _forward(hidden_NC, w_CV, targets_N, compute_dtype, chunk):
+def _forward(hidden_NC, w_CV, targets_N, compute_dtype, chunk, head, loss_scale):
     """The loss and, in the same sweep over chunks, both gradients of it."""
+    tokens = targets_N.size
+
+    def plain(hidden_nC, targets_n, index):
+        del index
+        logits_nV, product_vjp = jax.vjp(lambda h, w: matmul(h, w, compute_dtype, jnp.float32), hidden_nC, w_CV)
+        loss, dlogits_nV = _chunk_loss(logits_nV, targets_n)
+        return loss, *product_vjp(dlogits_nV), None
+
+    def quantised(hidden_nC, targets_n, index):
+        prepared = head[0].fold_keys(index)
+        logits_nV, hidden, hidden_stats = product_forward(hidden_nC, prepared)
+        loss, dlogits_nV = _chunk_loss(logits_nV, targets_n)
+        # Rounding knows sizes, so here the gradient must have its own before it is rounded, not after.
+        dhidden_nC, dw_CV, stats = product_backward(dlogits_nV * (loss_scale / tokens), hidden, prepared)
+        return loss, dhidden_nC.astype(hidden_nC.dtype), dw_CV, Probe(hidden_stats, stats)
 
     def step(carry, chunk_inputs):
         total, dw_CV = carry
-        hidden_nC, targets_n = chunk_inputs
-        logits_nV, product_vjp = jax.vjp(lambda h, w: matmul(h, w, compute_dtype, jnp.float32), hidden_nC, w_CV)
-        loss, dlogits_nV = _chunk_loss(logits_nV, targets_n)
-        dhidden_nC, dw_chunk_CV = product_vjp(dlogits_nV)
-        return (total + loss, dw_CV + dw_chunk_CV), dhidden_nC
+        loss, dhidden_nC, dw_chunk_CV, probe = (plain if head is None else quantised)(*chunk_inputs)
+        return (total + loss, dw_CV + dw_chunk_CV), (dhidden_nC, probe)
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(w_CV.shape, jnp.float32)
-    (total, dw_CV), dhidden = lax.scan(step, start, _chunks(hidden_NC, targets_N, chunk))
-    return total / targets_N.size, (dhidden.reshape(hidden_NC.shape), dw_CV, targets_N.size)
+    hidden, targets = _chunks(hidden_NC, targets_N, chunk)
+    chunk_inputs = hidden, targets, jnp.arange(targets.shape[0])
+    (total, dw_CV), (dhidden, probes) = lax.scan(step, start, chunk_inputs)
+    probe = None if head is None else Probe(over_parts(probes.activation), over_parts(probes.gradient))
+    scale = jnp.asarray(loss_scale / tokens if head is None else 1.0, jnp.float32)
+    return total / tokens, (dhidden.reshape(hidden_NC.shape), dw_CV, probe, scale)
 
 
 def _backward(compute_dtype, chunk, residuals, cotangent):
     del compute_dtype, chunk
-    dhidden_NC, dw_CV, tokens = residuals
-    scale = cotangent / tokens
-    return (dhidden_NC * scale).astype(dhidden_NC.dtype), dw_CV * scale, None
+    dhidden_NC, dw_CV, probe, scale = residuals
+    factor = cotangent * scale
+    head = None if probe is None else (None, probe)
+    return (dhidden_NC * factor).astype(dhidden_NC.dtype), dw_CV * factor, None, head, None
 
 
 token_cross_entropy.defvjp(_forward, _backward)

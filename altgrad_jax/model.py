@@ -7,16 +7,21 @@ H heads, D head width, V vocabulary, N tokens (B * T).
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from altgrad_jax.precision.dot import matmul
+from altgrad_jax.precision.dot import Prepared, Probe, dequantised_table, matmul, quantised_matmul
 
 Array = jax.Array
+# The quantised layers of a step, by path: what each multiplies with, and where its statistics go (a table has none).
+Quantised = Mapping[str, tuple[Prepared, Probe | None]]
+UNQUANTISED: Quantised = {}
 INIT_STD = 0.02  # GPT-2, Radford et al. 2019
 NORM_EPS = 1e-5
 
@@ -47,6 +52,9 @@ class GPTConfig:
         return jnp.dtype(self.compute_dtype)
 
 
+# Attention scores of a layer, float32 [B, H, T, T], above which a CPU keeps none of them for the backward pass.
+LARGE_SCORES = 16 * 2**20
+
 Implementation = Literal["xla", "cudnn"]
 
 
@@ -70,11 +78,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if config.bias else None
         self.dtype = config.dtype
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, quantised: Quantised) -> Array:
         """[..., I] -> [..., O] in the compute dtype."""
-        y = matmul(x.reshape(-1, x.shape[-1]), self.kernel[...], self.dtype, self.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)
+        x_NI, bias = x.reshape(-1, x.shape[-1]), None if self.bias is None else self.bias[...]
+        if self.path in quantised:
+            y = quantised_matmul(x_NI, self.kernel[...], bias, *quantised[self.path], self.dtype)
+        else:
+            y = matmul(x_NI, self.kernel[...], self.dtype, self.dtype)
+            if bias is not None:
+                y = y + bias.astype(y.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -108,6 +120,21 @@ def _dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def _attend(q: Array, k: Array, v: Array, implementation: Implementation) -> Array:
+    """Causal attention of [B, T, H, D] queries, keys and values."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+
+def _attend_by_row(q: Array, k: Array, v: Array, implementation: Implementation) -> Array:
+    """`_attend`, one row of the batch at a time, with the scores computed again in the backward pass.
+
+    Three float32 [B, H, T, T] arrays a layer need not be kept, 0.3 GB of the baseline's step. The loop is what makes
+    it so: outside of one, XLA's CPU compiler merges the recomputation with the first computation.
+    """
+    row = jax.checkpoint(lambda q, k, v: _attend(q[None], k[None], v[None], implementation)[0])
+    return jax.lax.map(lambda qkv: row(*qkv), (q, k, v))
+
+
 class Attention(nnx.Module):
     """Causal multi-head self-attention through `jax.nn.dot_product_attention`."""
 
@@ -119,26 +146,30 @@ class Attention(nnx.Module):
         self.n_head = config.n_head
         self.implementation = attention_implementation(config)
 
-    def _heads(self, x_BTC: Array) -> tuple[Array, Array, Array]:
-        qkv = self.qkv(x_BTC)
+    def _heads(self, x_BTC: Array, quantised: Quantised) -> tuple[Array, Array, Array]:
+        qkv = self.qkv(x_BTC, quantised)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], 3 * self.n_head, -1), 3, axis=2)
         return q, k, v  # each [B, T, H, D]
 
-    def __call__(self, x_BTC: Array) -> Array:
+    def __call__(self, x_BTC: Array, quantised: Quantised) -> Array:
         """Attends over the whole sequence."""
-        q, k, v = self._heads(x_BTC)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.implementation)
-        return self.proj(y.reshape(x_BTC.shape))
+        q, k, v = self._heads(x_BTC, quantised)
+        batch, time, heads, _ = q.shape
+        by_row = 4 * batch * heads * time * time > LARGE_SCORES and jax.default_backend() == "cpu"
+        y = (_attend_by_row if by_row else _attend)(q, k, v, self.implementation)
+        return self.proj(y.reshape(x_BTC.shape), quantised)
 
-    def decode(self, x_BTC: Array, k_BSHD: Array, v_BSHD: Array, length: Array) -> tuple[Array, Array, Array]:
+    def decode(
+        self, x_BTC: Array, k_BSHD: Array, v_BSHD: Array, length: Array, quantised: Quantised
+    ) -> tuple[Array, Array, Array]:
         """Attends T new positions to `length` cached ones and themselves; returns the output and the new k, v."""
-        q, k, v = self._heads(x_BTC)
+        q, k, v = self._heads(x_BTC, quantised)
         k_BSHD = jax.lax.dynamic_update_slice(k_BSHD, k, (0, length, 0, 0))
         v_BSHD = jax.lax.dynamic_update_slice(v_BSHD, v, (0, length, 0, 0))
         query_position = length + jnp.arange(x_BTC.shape[1])
         visible_TS = jnp.arange(k_BSHD.shape[1])[None, :] <= query_position[:, None]
         y = jax.nn.dot_product_attention(q, k_BSHD, v_BSHD, mask=visible_TS[None, None])
-        return self.proj(y.reshape(x_BTC.shape)), k_BSHD, v_BSHD
+        return self.proj(y.reshape(x_BTC.shape), quantised), k_BSHD, v_BSHD
 
 
 def _gelu(x: Array) -> Array:
@@ -153,10 +184,10 @@ class MLP(nnx.Module):
         self.up = Linear(f"{path}.up", width, 4 * width, INIT_STD, config, rngs)
         self.down = Linear(f"{path}.down", 4 * width, width, INIT_STD / math.sqrt(2 * config.n_layer), config, rngs)
 
-    def __call__(self, x_BTC: Array) -> Array:
+    def __call__(self, x_BTC: Array, quantised: Quantised) -> Array:
         """[B, T, C] -> [B, T, C]."""
         # Recomputed backward: a few operations an element, against keeping two more arrays four times the width.
-        return self.down(jax.checkpoint(_gelu)(self.up(x_BTC)))
+        return self.down(jax.checkpoint(_gelu)(self.up(x_BTC, quantised)), quantised)
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -183,17 +214,22 @@ class Block(nnx.Module):
         self.dropout = config.dropout
         self.dtype = config.dtype
 
-    def __call__(self, x_BTC: Array, key: Array | None) -> Array:
+    def __call__(self, x_BTC: Array, key: Array | None, quantised: Quantised) -> Array:
         """One block over whole sequences; `key` drives dropout, None turns it off."""
         key_attn, key_mlp = (None, None) if key is None else jax.random.split(key)
-        x_BTC = x_BTC + _dropout(self.attn(self.norm_1(x_BTC).astype(self.dtype)), self.dropout, key_attn)
-        return x_BTC + _dropout(self.mlp(self.norm_2(x_BTC).astype(self.dtype)), self.dropout, key_mlp)
+        y_BTC = self.attn(self.norm_1(x_BTC).astype(self.dtype), quantised)
+        x_BTC = x_BTC + _dropout(y_BTC, self.dropout, key_attn)
+        y_BTC = self.mlp(self.norm_2(x_BTC).astype(self.dtype), quantised)
+        return x_BTC + _dropout(y_BTC, self.dropout, key_mlp)
 
-    def decode(self, x_BTC: Array, k_BSHD: Array, v_BSHD: Array, length: Array) -> tuple[Array, Array, Array]:
+    def decode(
+        self, x_BTC: Array, k_BSHD: Array, v_BSHD: Array, length: Array, quantised: Quantised
+    ) -> tuple[Array, Array, Array]:
         """One block over new positions, with the layer's cache."""
-        y, k_BSHD, v_BSHD = self.attn.decode(self.norm_1(x_BTC).astype(self.dtype), k_BSHD, v_BSHD, length)
-        x_BTC = x_BTC + y
-        return x_BTC + self.mlp(self.norm_2(x_BTC).astype(self.dtype)), k_BSHD, v_BSHD
+        normed_BTC = self.norm_1(x_BTC).astype(self.dtype)
+        y_BTC, k_BSHD, v_BSHD = self.attn.decode(normed_BTC, k_BSHD, v_BSHD, length, quantised)
+        x_BTC = x_BTC + y_BTC
+        return x_BTC + self.mlp(self.norm_2(x_BTC).astype(self.dtype), quantised), k_BSHD, v_BSHD
 
 
 class GPT(nnx.Module):
@@ -212,44 +248,82 @@ class GPT(nnx.Module):
         """The output weights, [C, V], float32: the transposed embedding when tied."""
         return self.wte[...].T if self.lm_head is None else self.lm_head[...]
 
-    def _embed(self, tokens_BT: Array, start: Array | int = 0) -> Array:
-        positions_TC = jax.lax.dynamic_slice_in_dim(self.wpe[...], start, tokens_BT.shape[1])
-        return (self.wte[...][tokens_BT] + positions_TC).astype(self.config.dtype)
+    def _embed(self, tokens_BT: Array, start: Array | int, quantised: Quantised) -> Array:
+        wte_VC, wpe_TC = (
+            dequantised_table(table, quantised[path][0]) if path in quantised else table
+            for path, table in (("wte", self.wte[...]), ("wpe", self.wpe[...]))
+        )
+        positions_TC = jax.lax.dynamic_slice_in_dim(wpe_TC, start, tokens_BT.shape[1])
+        return (wte_VC[tokens_BT] + positions_TC).astype(self.config.dtype)
 
-    def hidden(self, tokens_BT: Array, dropout_key: Array | None = None) -> Array:
-        """Final normalised hidden states, [B, T, C], in the compute dtype; `dropout_key=None` turns dropout off."""
+    def hidden(self, tokens_BT: Array, dropout_key: Array | None = None, quantised: Quantised = UNQUANTISED) -> Array:
+        """Final normalised hidden states, [B, T, C], in the compute dtype.
+
+        Args:
+          tokens_BT: int32.
+          dropout_key: None turns dropout off.
+          quantised: the layers that are not multiplied in the compute dtype.
+        """
         keys = [None] * (self.config.n_layer + 1)
         if dropout_key is not None and self.config.dropout > 0.0:
             keys = list(jax.random.split(dropout_key, self.config.n_layer + 1))
-        x_BTC = _dropout(self._embed(tokens_BT), self.config.dropout, keys[-1])
+        x_BTC = _dropout(self._embed(tokens_BT, 0, quantised), self.config.dropout, keys[-1])
         for block, key in zip(self.blocks, keys, strict=False):
-            x_BTC = block(x_BTC, key)
+            x_BTC = block(x_BTC, key, quantised)
         return self.norm_f(x_BTC).astype(self.config.dtype)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Array, quantised: Quantised = UNQUANTISED) -> Array:
         """[..., C] -> [..., V] in float32."""
-        dtype = self.config.dtype
-        flat = matmul(hidden.reshape(-1, hidden.shape[-1]), self.head_weight_CV(), dtype, jnp.float32)
+        hidden_NC, w_CV = hidden.reshape(-1, hidden.shape[-1]), self.head_weight_CV()
+        if "lm_head" in quantised:
+            flat = quantised_matmul(hidden_NC, w_CV, None, *quantised["lm_head"], jnp.dtype(jnp.float32))
+        else:
+            flat = matmul(hidden_NC, w_CV, self.config.dtype, jnp.float32)
         return flat.reshape(*hidden.shape[:-1], -1)
 
-    def __call__(self, tokens_BT: Array) -> Array:
+    def __call__(self, tokens_BT: Array, quantised: Quantised = UNQUANTISED) -> Array:
         """Logits of every position, [B, T, V] in float32; for small inputs (training uses the chunked loss)."""
-        return self.logits(self.hidden(tokens_BT))
+        return self.logits(self.hidden(tokens_BT, None, quantised), quantised)
 
-    def decode(self, tokens_BT: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def decode(self, tokens_BT: Array, cache: KVCache, quantised: Quantised = UNQUANTISED) -> tuple[Array, KVCache]:
         """Logits of the last of T new tokens, [B, V], and the cache with them added.
 
         The caller keeps `cache.length + T` within `block_size`.
         """
-        x_BTC = self._embed(tokens_BT, cache.length)
+        x_BTC = self._embed(tokens_BT, cache.length, quantised)
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x_BTC, k, v = block.decode(x_BTC, cache.k_LBSHD[i], cache.v_LBSHD[i], cache.length)
+            x_BTC, k, v = block.decode(x_BTC, cache.k_LBSHD[i], cache.v_LBSHD[i], cache.length, quantised)
             keys.append(k)
             values.append(v)
         last_BC = self.norm_f(x_BTC[:, -1]).astype(self.config.dtype)
         grown = KVCache(jnp.stack(keys), jnp.stack(values), cache.length + tokens_BT.shape[1])
-        return self.logits(last_BC), grown
+        return self.logits(last_BC, quantised), grown
+
+
+def layer_weights(params: Any) -> dict[str, Array]:
+    """The matrices that precision rules can name, by path: dense layers as [inputs, outputs], then the tables.
+
+    `params` is the model's dict, of arrays or of their shapes.
+    """
+    weights: dict[str, Array] = {}
+    for i, block in params["blocks"].items():
+        for part, names in (("attn", ("qkv", "proj")), ("mlp", ("up", "down"))):
+            weights |= {f"blocks.{i}.{part}.{name}": block[part][name]["kernel"] for name in names}
+    weights["lm_head"] = params["lm_head"] if "lm_head" in params else params["wte"].T
+    return weights | {"wte": params["wte"], "wpe": params["wpe"]}
+
+
+def layer_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
+    """Path -> shape of every matrix in `layer_weights`."""
+
+    def build() -> Any:
+        return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(0)), nnx.Param))
+
+    params = jax.eval_shape(build)
+    names = list(layer_weights(jax.tree.map(lambda x: np.zeros((1, 1)), params)))
+    shapes = jax.eval_shape(layer_weights, params)
+    return {name: (shapes[name].shape[0], shapes[name].shape[1]) for name in names}  # in the network's order
 
 
 def parameter_counts(config: GPTConfig) -> dict[str, int]:

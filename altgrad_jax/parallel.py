@@ -6,6 +6,7 @@ host over that host's devices.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from altgrad_jax.step import AXIS
 
 Array = jax.Array
 RunTrain = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
-RunEval = Callable[[Any, Array], Array]
+RunDiagnose = Callable[..., dict[str, Array]]
+RunEval = Callable[[TrainState, Array], Array]
 
 
 STOP_CHECK_STEPS = 10
@@ -96,8 +98,17 @@ class DataParallel:
         return self._settled(self._pmap(step, donate=True))
 
     def eval_step(self, step: RunEval) -> RunEval:
-        """(params, sharded batch) -> metrics."""
+        """(state, sharded batch) -> metrics; the state is kept."""
         return self._settled(self._pmap(step, donate=False))
+
+    def diagnose_step(self, step: Callable[..., dict[str, Array]]) -> Callable[..., dict[str, Array]]:
+        """(state, sharded batch, **static options) -> values; the state is kept. One program a set of options."""
+
+        @cache
+        def program(**options: bool) -> Callable:
+            return self._settled(self._pmap(partial(step, **options), donate=False))
+
+        return lambda state, batch, **options: program(**options)(state, batch)
 
     def _pmap(self, step: Callable, donate: bool) -> Callable:
         return jax.pmap(

@@ -45,14 +45,17 @@ def config_dict(config: ConfigDict) -> dict[str, Any]:
 def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
     """What must not change when a run resumes, as flat dotted names.
 
-    Model, precision, optimizer, data and batch decide every bit of a trajectory. What is absent here may change:
-    devices, tracking, how often to log, evaluate and save, and `train.steps` where the schedule does not depend on it.
+    Model, precision, optimizer, data and batch decide every bit of a trajectory. `Policy.identity` adds the quantised
+    layers. What is absent here may change: devices, native or emulated operands (which are equal to the bit), tracking,
+    how often to log, evaluate and save, and `train.steps` where the schedule does not depend on it.
     """
     full = config_dict(config)
     facts: dict[str, Any] = {"seed": full["seed"], "data.sha256": cache.sha256}
     for section in ("model", "precision", "optimizer"):
         facts.update({f"{section}.{key}": value for key, value in full[section].items()})
-    for key in ("batch_size", "grad_accumulation", "loss_chunk"):
+    for rule in ("precision.strict", "precision.rules", "precision.backend"):
+        del facts[rule]  # `Policy.identity` says what became of them
+    for key in ("batch_size", "grad_accumulation", "loss_chunk", "loss_scale"):
         facts[f"train.{key}"] = full["train"][key]
     if config.optimizer.schedule != "constant":
         facts["optimizer.decay_steps"] = config.optimizer.decay_steps or config.train.steps

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from altgrad_jax import provenance
+from altgrad_jax.diagnostics.quantisation import is_of_one_layer
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.model import parameter_counts
 from altgrad_jax.parallel import is_primary
@@ -57,6 +58,7 @@ def write_manifest(
         "identity": identity,
         "config": provenance.config_dict(exp.config),
         "resolved": exp.resolved(),
+        "layers": exp.policy.table(),
         "parameters": parameter_counts(exp.model),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),
         "sessions": [*sessions, provenance.session(step) | {"origin": origin}],
@@ -77,7 +79,8 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "work directory": str(workdir.path),
         "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
         f" {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings)",
-        "compute": f"{config.precision.compute}, attention {resolved['attention']}, {resolved['devices']}",
+        "compute": f"{config.precision.compute}, {_quantised(exp)},"
+        f" attention {resolved['attention']}, {resolved['devices']}",
         "corpus": f"{cache.source.name}: {cache.source.description}",
         "tokenizer": resolved["tokenizer"],
         "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in cache.splits),
@@ -88,12 +91,22 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
     }
 
 
+def _quantised(exp: Experiment) -> str:
+    """How many layers are quantised, and on what they run."""
+    plans = exp.policy.plans
+    if not plans:
+        return "no layer quantised"
+    native = sum(plan.native for plan in plans)
+    kinds = f"{native} native" if native == len(plans) else f"{native} native, {len(plans) - native} emulated"
+    return f"{len(plans)} of {len(exp.policy.shapes)} matrices quantised ({kinds})"
+
+
 def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Progress) -> None:
     """Writes summary.json: how the run stands. Final values are the last logged of each name."""
     records = read_metrics(workdir.metrics)
     final: Record = {}
     for record in records:
-        final |= record
+        final |= {key: value for key, value in record.items() if not is_of_one_layer(key)}
     workdir.write_json(
         "summary.json",
         {

@@ -6,6 +6,7 @@ Temperature 0 takes the likeliest token every time. The prompt's last block_size
 are learned, so prompt and text together cannot be longer than the block.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from flax import nnx
 from altgrad_jax import checkpoint, cli
 from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.errors import UsageError, UserError
-from altgrad_jax.model import GPTConfig, KVCache, gpt_config
+from altgrad_jax.model import UNQUANTISED, GPTConfig, KVCache, Quantised, gpt_config, layer_shapes, layer_weights
+from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, model_structure
 from altgrad_jax.workdir import read_json
 
@@ -64,28 +66,48 @@ def generate(
     tokens: int,
     top_k: int,
     vocab_size: int,
+    quantised: Quantised = UNQUANTISED,
 ) -> Array:
     """Continues every prompt by `tokens` tokens, [B, tokens] int32, with a key-value cache.
 
     The prompt is read in one pass, then each step decodes one token. `prompt_BT.shape[1] + tokens` is at most
-    block_size + 1: the last token drawn is not read.
+    block_size + 1: the last token drawn is not read. `quantised` as in `GPT.hidden`.
     """
     model = nnx.merge(graphdef, params, copy=True)
 
     def next_token(carry, key):
         logits_BV, cache = carry
         token_B = draw(logits_BV, key, temperature, top_k, vocab_size)
-        return model.decode(token_B[:, None], cache), token_B
+        return model.decode(token_B[:, None], cache, quantised), token_B
 
-    start = model.decode(prompt_BT, KVCache.empty(model.config, prompt_BT.shape[0]))
+    start = model.decode(prompt_BT, KVCache.empty(model.config, prompt_BT.shape[0]), quantised)
     keys = jax.random.split(key, tokens)
     (logits_BV, _), drawn_TB = jax.lax.scan(next_token, start, keys[:-1])
     last_B = draw(logits_BV, keys[-1], temperature, top_k, vocab_size)
     return jnp.concatenate([drawn_TB, last_B[None]]).T
 
 
-def load_run(workdir: str, step: int | None) -> tuple[GPTConfig, Any, TokenCache, int]:
-    """The model's shape, its parameters, the run's token cache and the checkpoint's step.
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model.
+
+    Attributes:
+      model: its shape.
+      params: its parameters.
+      quantised: its quantised layers, as evaluation during training has them.
+      cache: the token cache it was trained on.
+      step: of the checkpoint.
+    """
+
+    model: GPTConfig
+    params: Any
+    quantised: Quantised
+    cache: TokenCache
+    step: int
+
+
+def load_run(workdir: str, step: int | None) -> LoadedRun:
+    """Reads a run's newest checkpoint, or that of a step.
 
     Raises:
       UserError: the folder holds no run, or its checkpoint or cache is missing or damaged.
@@ -94,14 +116,20 @@ def load_run(workdir: str, step: int | None) -> tuple[GPTConfig, Any, TokenCache
     if manifest is None:
         raise UserError(f"--workdir={workdir} holds no manifest.json; give a run's work directory")
     config = manifest["config"]
-    model = gpt_config(config["model"], config["precision"]["compute"])
+    precision = config["precision"]
+    model = gpt_config(config["model"], precision["compute"])
+    rules = [tuple(rule) for rule in precision.get("rules", ())]
+    policy = resolve(rules, layer_shapes(model), backend=precision.get("backend", "auto")) if rules else Policy()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_params(model, 0)),
+        jax.eval_shape(lambda: {"params": init_params(model, 0), "quant": policy.init()}),
     )
-    params, found, _ = checkpoint.read_params(workdir if step is None else f"{workdir}@{step}", like)
-    return model, params, open_cache(manifest["corpus"]["cache"]), found
+    parts, found, _ = checkpoint.read_parts(workdir if step is None else f"{workdir}@{step}", like)
+    prepared, _ = policy.prepare(layer_weights(parts["params"]), parts.get("quant", {}))
+    probes = policy.probes(prepared)
+    quantised = {path: (layer, probes.get(path)) for path, layer in prepared.items()}
+    return LoadedRun(model, parts["params"], quantised, open_cache(manifest["corpus"]["cache"]), found)
 
 
 def main() -> int:
@@ -109,25 +137,26 @@ def main() -> int:
     cli.quiet_libraries()
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing: the work directory of a run")
-    model, params, cache, step = load_run(WORKDIR.value, STEP.value)
-    tokenizer = cache.tokenizer()
-    room = model.block_size - TOKENS.value + 1
+    run = load_run(WORKDIR.value, STEP.value)
+    tokenizer = run.cache.tokenizer()
+    room = run.model.block_size - TOKENS.value + 1
     if room < 1:
-        raise UsageError(f"--tokens={TOKENS.value} is more than the model's block of {model.block_size} can hold")
+        raise UsageError(f"--tokens={TOKENS.value} is more than the model's block of {run.model.block_size} can hold")
     # An empty prompt begins where documents begin: after the end of another.
     prompt = list(tokenizer.encode(PROMPT.value)) if PROMPT.value else [tokenizer.end_of_text]
     prompt_BT = jnp.asarray(np.tile(np.array(prompt[-room:], np.int32), (SAMPLES.value, 1)))
     drawn = generate(
-        model_structure(model),
-        params,
+        model_structure(run.model),
+        run.params,
         prompt_BT,
         jax.random.key(SEED.value),
         TEMPERATURE.value,
         tokens=TOKENS.value,
         top_k=TOP_K.value,
-        vocab_size=cache.vocab_size,
+        vocab_size=run.cache.vocab_size,
+        quantised=run.quantised,
     )
-    print(f"step {step}, temperature {TEMPERATURE.value}, top_k {TOP_K.value}, seed {SEED.value}")
+    print(f"step {run.step}, temperature {TEMPERATURE.value}, top_k {TOP_K.value}, seed {SEED.value}")
     for row in np.asarray(drawn):
         end = np.flatnonzero(row == tokenizer.end_of_text)
         print("---")

@@ -1,7 +1,7 @@
 """TrainState: every array that training carries from step to step, in one pytree."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,12 +25,16 @@ class TrainState:
       params: nested dict of float32 arrays, keyed as the model's attributes.
       opt_state: the optimizer's own state.
       nonfinite_steps: scalar int32, consecutive steps, up to this one, whose loss was NaN or Inf.
+      quant: scaling state of the quantised layers (`Policy.init`); empty without any.
+      loss_scale: state of a dynamic loss scale (`loss_scale.init`); empty where it is fixed.
     """
 
     step: Array
     params: Any
     opt_state: Any
     nonfinite_steps: Array
+    quant: Any = field(default_factory=dict)
+    loss_scale: Any = field(default_factory=dict)
 
 
 def model_structure(config: GPTConfig) -> Any:
@@ -43,11 +47,20 @@ def init_params(config: GPTConfig, seed: int) -> Any:
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, quant: Any = None, loss_scale: Any = None
+) -> TrainState:
+    """The state before the first step; `quant` and `loss_scale` as in TrainState, empty by default."""
     # Two zeros, not one: a state is donated to the step, and one buffer cannot be donated twice.
     step, nonfinite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step=step, params=params, opt_state=optimizer.init(params), nonfinite_steps=nonfinite_steps)
+    return TrainState(
+        step=step,
+        params=params,
+        opt_state=optimizer.init(params),
+        nonfinite_steps=nonfinite_steps,
+        quant=quant or {},
+        loss_scale=loss_scale or {},
+    )
 
 
 def leaf_names(tree: Any) -> list[str]:

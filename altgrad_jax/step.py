@@ -4,9 +4,10 @@ A step sees one device's share of the batch, tokens_ABT1: A microbatches of B wi
 first T are read and the last T predicted. The axis name "data" spans all devices of all hosts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,44 @@ import optax
 from flax import nnx
 from jax import lax
 
+from altgrad_jax.diagnostics import quantisation
+from altgrad_jax.diagnostics.shadow import compare
+from altgrad_jax.loss_scale import LossScale, all_finite
 from altgrad_jax.losses import token_cross_entropy
+from altgrad_jax.model import UNQUANTISED, Quantised, layer_weights
+from altgrad_jax.precision.dot import Prepared, Probe
+from altgrad_jax.precision.policy import Policy
+from altgrad_jax.precision.statistics import over_parts
 from altgrad_jax.state import TrainState
 
 Array = jax.Array
 AXIS = "data"
+ROUNDING_STREAM = 2**31 - 1  # folded into a step's key where devices fold in their index
+UNQUANTISED_POLICY = Policy()
+UNSCALED = LossScale()
 
 
-def window_loss(graphdef: Any, params: Any, tokens_BT1: Array, chunk: int, dropout_key: Array | None) -> Array:
-    """Mean next-token cross entropy of a batch of windows, in nats, float32."""
+def window_loss(
+    graphdef: Any,
+    params: Any,
+    tokens_BT1: Array,
+    chunk: int,
+    dropout_key: Array | None,
+    quantised: Quantised = UNQUANTISED,
+    loss_scale: Array | float = 1.0,
+) -> Array:
+    """Mean next-token cross entropy of a batch of windows, in nats, float32; its gradient times `loss_scale`."""
     # copy=True: the merged Variables must belong to the trace of the function being differentiated.
     model = nnx.merge(graphdef, params, copy=True)
-    hidden_BTC = model.hidden(tokens_BT1[:, :-1], dropout_key)
-    hidden_NC = hidden_BTC.reshape(-1, hidden_BTC.shape[-1])
+    hidden_BTC = model.hidden(tokens_BT1[:, :-1], dropout_key, quantised)
     return token_cross_entropy(
-        hidden_NC, model.head_weight_CV(), tokens_BT1[:, 1:].reshape(-1), model.config.dtype, chunk
+        hidden_BTC.reshape(-1, hidden_BTC.shape[-1]),
+        model.head_weight_CV(),
+        tokens_BT1[:, 1:].reshape(-1),
+        model.config.dtype,
+        chunk,
+        quantised.get("lm_head"),
+        loss_scale,
     )
 
 
@@ -39,24 +63,26 @@ def make_train_step(
     *,
     loss_chunk: int,
     seed: int,
+    policy: Policy = UNQUANTISED_POLICY,
+    loss_scale: LossScale = UNSCALED,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds train_step(state, tokens_ABT1) -> (state, metrics), to be run under an axis named "data".
 
     Gradients are averaged over microbatches, then over devices; metrics are float32 scalars of the whole batch:
     `train/loss` (nats per token), `train/grad_norm` (before clipping), `train/learning_rate`, and the int32
-    `train/nonfinite_steps` of the state.
+    `train/nonfinite_steps` of the state; with a dynamic loss scale also `train/loss_scale` and `train/skipped`, 1 for
+    a step that was left out because a gradient was not finite.
     """
 
-    def loss_and_grad(params, tokens_BT1, key):
-        return jax.value_and_grad(lambda p: window_loss(graphdef, p, tokens_BT1, loss_chunk, key))(params)
-
     def train_step(state: TrainState, tokens_ABT1: Array) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), lax.axis_index(AXIS))
-        microbatches = tokens_ABT1.shape[0]
-        if microbatches == 1:
-            loss, grads = loss_and_grad(state.params, tokens_ABT1[0], key)
-        else:
-            loss, grads = _accumulate(loss_and_grad, state.params, tokens_ABT1, jax.random.split(key, microbatches))
+        keys = step_keys(seed, state.step)
+        factor = loss_scale.factor(state.loss_scale)
+        prepared, weight_stats = policy.prepare(
+            layer_weights(state.params), state.quant, key=keys.rounding, axis_name=AXIS
+        )
+        loss, grads, probes = gradients(
+            graphdef, state.params, tokens_ABT1, loss_chunk, keys.dropout, prepared, policy.probes(prepared), factor
+        )
         loss, grads = lax.pmean((loss, grads), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         nonfinite = jnp.where(jnp.isfinite(loss), 0, state.nonfinite_steps + 1)
@@ -66,30 +92,129 @@ def make_train_step(
             "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "train/nonfinite_steps": nonfinite,
         }
-        params = optax.apply_updates(state.params, updates)
-        return replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state, nonfinite_steps=nonfinite
-        ), metrics
+        new = replace(
+            state,
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            nonfinite_steps=nonfinite,
+            quant=policy.update(state.quant, policy.gather(weight_stats, probes, AXIS)),
+        )
+        if loss_scale.fixed is None:
+            finite = all_finite(grads)
+            metrics |= {"train/loss_scale": factor, "train/skipped": jnp.where(finite, 0.0, 1.0)}
+            before, after = (state.params, state.opt_state), (new.params, new.opt_state)
+            params, opt_state = jax.tree.map(partial(jnp.where, finite), after, before)
+            scale = loss_scale.next(state.loss_scale, finite)
+            new = replace(new, params=params, opt_state=opt_state, loss_scale=scale)
+        return new, metrics
 
     return train_step
 
 
-def _accumulate(loss_and_grad, params, tokens_ABT1: Array, keys_A: Array):
-    """Mean loss and gradient over the microbatches, one at a time."""
+class StepKeys(NamedTuple):
+    """A step's PRNG keys: one a device for dropout, one for all devices for stochastic rounding."""
 
-    def add(total, microbatch):
-        tokens_BT1, key = microbatch
-        return jax.tree.map(jnp.add, total, loss_and_grad(params, tokens_BT1, key)), None
-
-    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
-    total, _ = lax.scan(add, zero, (tokens_ABT1, keys_A))
-    return jax.tree.map(lambda x: x / tokens_ABT1.shape[0], total)
+    dropout: Array
+    rounding: Array
 
 
-def make_eval_step(graphdef: Any, *, loss_chunk: int) -> Callable[[Any, Array], Array]:
-    """Builds eval_step(params, tokens_BT1) -> mean nats per token over all devices' windows."""
+def step_keys(seed: int, step: Array) -> StepKeys:
+    """The keys of a step; they follow from the run's seed and the step, and are not carried."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return StepKeys(jax.random.fold_in(key, lax.axis_index(AXIS)), jax.random.fold_in(key, ROUNDING_STREAM))
 
-    def eval_step(params: Any, tokens_BT1: Array) -> Array:
-        return lax.pmean(window_loss(graphdef, params, tokens_BT1, loss_chunk, None), AXIS)
+
+def gradients(
+    graphdef: Any,
+    params: Any,
+    tokens_ABT1: Array,
+    loss_chunk: int,
+    dropout_key: Array,
+    prepared: Mapping[str, Prepared],
+    probes: Mapping[str, Probe],
+    loss_scale: Array | float,
+) -> tuple[Array, Any, dict[str, Probe]]:
+    """Loss, gradients (unscaled) and statistics of this device's share, over its microbatches.
+
+    The weights were quantised before, so that all microbatches use the same.
+    """
+
+    def loss_and_grad(tokens_BT1, key, layers):
+        def loss(params, probes):
+            quantised = {path: (layer, probes.get(path)) for path, layer in layers.items()}
+            return window_loss(graphdef, params, tokens_BT1, loss_chunk, key, quantised, loss_scale)
+
+        value, (grads, seen) = jax.value_and_grad(loss, argnums=(0, 1))(params, dict(probes))
+        return (value, grads), seen
+
+    microbatches = tokens_ABT1.shape[0]
+    if microbatches == 1:
+        (loss, grads), seen = loss_and_grad(tokens_ABT1[0], dropout_key, prepared)
+    else:
+
+        def add(total, microbatch):
+            tokens_BT1, key, index = microbatch
+            layers = {path: layer.fold_keys(index) for path, layer in prepared.items()}
+            part, seen = loss_and_grad(tokens_BT1, key, layers)
+            return jax.tree.map(jnp.add, total, part), seen
+
+        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+        keys_A = jax.random.split(dropout_key, microbatches)
+        total, parts = lax.scan(add, zero, (tokens_ABT1, keys_A, jnp.arange(microbatches)))
+        loss, grads = jax.tree.map(lambda x: x / microbatches, total)
+        seen = {path: Probe(over_parts(p.activation), over_parts(p.gradient)) for path, p in parts.items()}
+    if not (isinstance(loss_scale, float) and loss_scale == 1.0):
+        grads = jax.tree.map(lambda g: g / loss_scale, grads)
+    return loss, grads, seen
+
+
+def make_eval_step(
+    graphdef: Any, *, loss_chunk: int, policy: Policy = UNQUANTISED_POLICY
+) -> Callable[[TrainState, Array], Array]:
+    """Builds eval_step(state, tokens_BT1) -> mean nats per token over all devices' windows.
+
+    Weights and activations are quantised as in training.
+    """
+
+    def eval_step(state: TrainState, tokens_BT1: Array) -> Array:
+        prepared, _ = policy.prepare(layer_weights(state.params), state.quant, axis_name=AXIS)
+        probes = policy.probes(prepared)
+        quantised = {path: (layer, probes.get(path)) for path, layer in prepared.items()}
+        return lax.pmean(window_loss(graphdef, state.params, tokens_BT1, loss_chunk, None, quantised), AXIS)
 
     return eval_step
+
+
+def make_diagnose_step(
+    graphdef: Any, shadow_graphdef: Any, *, loss_chunk: int, seed: int, policy: Policy, loss_scale: LossScale
+) -> Callable[..., dict[str, Array]]:
+    """Builds diagnose(state, tokens_ABT1, quant, shadow) -> values, for the step about to be taken on this batch.
+
+    A program of its own beside the training step, so that measuring a step cannot change it. It repeats the forward
+    and backward pass with the same operands and the same random draws, and counts; with `shadow` (static) it also takes
+    the gradient of the model in float32, `shadow_graphdef`, with the same dropout.
+
+    The result has `measures` and `codes` (`diagnostics.quantisation.measure`) if `quant`, and `shadow`
+    (`diagnostics.shadow.compare`).
+    """
+
+    def diagnose(state: TrainState, tokens_ABT1: Array, *, quant: bool, shadow: bool) -> dict[str, Array]:
+        keys = step_keys(seed, state.step)
+        prepared, weight_stats = policy.prepare(
+            layer_weights(state.params), state.quant, key=keys.rounding, axis_name=AXIS, collect=quant
+        )
+        probes, factor = policy.probes(prepared), loss_scale.factor(state.loss_scale)
+        arguments = state.params, tokens_ABT1, loss_chunk, keys.dropout
+        _, grads, seen = gradients(graphdef, *arguments, prepared, probes, factor)
+        values = {}
+        if quant:
+            stats = policy.gather(weight_stats, seen, AXIS)
+            values["measures"], values["codes"] = quantisation.measure(policy, stats, policy.update(state.quant, stats))
+        if shadow:
+            with jax.default_matmul_precision("highest"):
+                _, reference, _ = gradients(shadow_graphdef, *arguments, {}, {}, 1.0)
+            values["shadow"] = compare(lax.pmean(grads, AXIS), lax.pmean(reference, AXIS))
+        return values
+
+    return diagnose

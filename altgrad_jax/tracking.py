@@ -190,8 +190,9 @@ class Wandb:
                 self.log(record)
 
     def log(self, record: Record) -> None:
-        """Queues a record."""
-        self._run.log(record, step=record["step"] if self._offline else None)
+        """Queues a record; W&B plots numbers, so texts stay in metrics.jsonl."""
+        numbers = {key: value for key, value in record.items() if not isinstance(value, str)}
+        self._run.log(numbers, step=record["step"] if self._offline else None)
 
     def sync(self) -> None:
         """W&B writes by itself, and metrics.jsonl is the truth."""

@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
     with ExitStack() as cleanup:
         primary = is_primary()
         check_devices(config, jax.local_device_count(), jax.process_count())
+        experiment.make_policy(config)  # a mistake in the rules shows before any corpus is prepared
         if primary:
             require_login(config.tracking)
         workdir = Workdir(workdir_path, lock=primary)
@@ -70,7 +71,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         exp = experiment.build(config, open_corpus(config))
         checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
         cleanup.callback(checkpoints.close)
-        run_identity = provenance.identity(config, exp.cache)
+        run_identity = provenance.identity(config, exp.cache) | exp.policy.identity()
         start = _start(exp, checkpoints, run_identity)
 
         console = make_console(quiet=not primary)
@@ -79,6 +80,8 @@ def train(config: ConfigDict, workdir_path: str) -> int:
             return 0
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin)
         print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
+        for line in exp.policy.lines() if exp.policy.plans else ():
+            console.print(f"  {line}", markup=False, highlight=False)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         loop = Loop(exp, checkpoints, sinks, start, run_identity)
         try:
@@ -126,10 +129,12 @@ class Loop:
         if self.step == 0:
             self._emit({"step": 0, **self._evaluate()})
         batches = exp.batches.from_step(self.step)
-        previous: tuple[int, dict[str, jax.Array]] | None = None
+        previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
             began = time.monotonic()
-            self.state, metrics = exp.run_train(self.state, exp.shard(next(batches)))
+            batch = exp.shard(next(batches))
+            answers = self._diagnose(batch)
+            self.state, metrics = exp.run_train(self.state, batch)
             if self.compile_seconds == 0.0:
                 self.compile_seconds = time.monotonic() - began
                 self._meter.restart(self.step)
@@ -137,7 +142,7 @@ class Loop:
             if previous is not None and self._log(self._fetch(*previous)):
                 return "diverged"
             self.step += 1
-            previous = (self.step, metrics)
+            previous = (self.step, metrics, answers)
 
             last = self.step == config.train.steps
             evaluates = last or self.step % config.train.eval_every == 0
@@ -160,14 +165,22 @@ class Loop:
                 return "interrupted"
         return "finished"
 
-    def _fetch(self, step: int, metrics: dict[str, jax.Array]) -> Record:
+    def _diagnose(self, batch: jax.Array) -> Record:
+        """What is asked of the step about to be taken on this batch; mostly nothing."""
+        questions = self.exp.diagnoses(self.step)
+        if not any(questions.values()):
+            return {}
+        with self._meter.paused():
+            return self.exp.diagnose(self.state, batch, questions)
+
+    def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> Record:
         """A step's metrics on the host, waiting for the step to end: the loop's one device-to-host copy."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        return {"step": step, **values, "train/tokens_per_second": self._meter.rate(step)}
+        return {"step": step, **values, "train/tokens_per_second": self._meter.rate(step), **answers}
 
     def _evaluate(self) -> Record:
         """The validation loss of the current parameters."""
-        loss = self.exp.evaluate(self.state.params)
+        loss = self.exp.evaluate(self.state)
         record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
         if self._floor is not None:
             record["val/loss_above_floor"] = loss - self._floor
@@ -178,7 +191,7 @@ class Loop:
         train = self.exp.config.train
         diverged = self._watch.diverged(record)
         due = record["step"] % train.log_every == 0 or record["step"] == train.steps
-        if due or diverged or "val/loss" in record:
+        if due or diverged or not record.keys().isdisjoint(("val/loss", "grads/cosine", "quant/weight/amax")):
             self._emit(record)
         if diverged:
             self.step = record["step"]

@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.log_every = 1
     config.train.eval_every = 100
     config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation
+    config.train.loss_scale = "1"  # factor on the gradients while they are rounded: a number, or "dynamic"
     config.train.loss_chunk = 0  # tokens whose logits exist at once, per device; 0: 256 on a CPU, else 4096
 
     config.optimizer = ConfigDict()
@@ -55,7 +56,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.grad_clip = 1.0  # global norm; 0: off
 
     config.precision = ConfigDict()
-    config.precision.compute = "bfloat16"  # bfloat16 | float32: operands of the dense layers
+    config.precision.compute = "bfloat16"  # bfloat16 | float32: activations; operands of layers that no rule quantises
+    config.precision.rules = ()  # ((pattern of layer paths, recipe), ...): the first match decides
+    config.precision.backend = "auto"  # auto | native | emulated
+    config.precision.strict = False  # refuse to run where a quantised layer is not multiplied in 8 bits
+
+    config.diagnostics = ConfigDict()
+    config.diagnostics.quant_every = 100  # steps between counts of overflow, underflow and codes used; 0: never
+    config.diagnostics.shadow_every = 100  # steps between comparisons with the float32 gradient; 0: never
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100

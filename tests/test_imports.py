@@ -19,8 +19,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 LAYERS = (
     ("__init__", "errors", "allocator", "interrupt"),
     ("precision",),
-    ("model", "losses", "optimizers", "diagnostics"),
+    ("model", "losses", "optimizers", "loss_scale"),
     ("state",),
+    ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
     ("parallel", "checkpoint", "stability", "provenance", "cli"),
     ("experiment",),

@@ -162,20 +162,20 @@ def test_nonfinite_losses_are_counted(one, run):
 
 def test_evaluation(one, run, evaluate):
     # It is the training loss at the same parameters ...
-    params = fresh_state(one).params
-    before = tree_sha256(params)
+    start = fresh_state(one)
+    before = tree_sha256(start)
     first, second = (one.shard(tokens) for tokens in TOKENS[:2])
-    loss = evaluate(params, first)
+    loss = evaluate(start, first)
     state, metrics = run(fresh_state(one), one.shard(TOKENS[0], 1))
     assert loss == pytest.approx(float(metrics["train/loss"]), rel=1e-6)
-    # ... the same bits each time, whatever was evaluated in between, and it leaves the parameters as they are.
-    evaluate(params, second)
-    assert np.asarray(evaluate(params, first)).tobytes() == np.asarray(loss).tobytes()
-    assert tree_sha256(params) == before
+    # ... the same bits each time, whatever was evaluated in between, and it leaves the state as it is.
+    evaluate(start, second)
+    assert np.asarray(evaluate(start, first)).tobytes() == np.asarray(loss).tobytes()
+    assert tree_sha256(start) == before
     # Training with and without an evaluation in between gives the same bits.
     state, _ = run(state, one.shard(TOKENS[1], 1))
     other, _ = run(fresh_state(one), one.shard(TOKENS[0], 1))
-    evaluate(other.params, second)
+    evaluate(other, second)
     other, _ = run(other, one.shard(TOKENS[1], 1))
     assert tree_sha256(other) == tree_sha256(state)
 
@@ -217,5 +217,7 @@ def test_evaluation_never_drops():
     graphdef = model_structure(dataclasses.replace(MODEL, dropout=0.3))
     evaluation = jax.make_jaxpr(make_eval_step(graphdef, loss_chunk=CHUNK), axis_env=[("data", 1)])
     training = jax.make_jaxpr(lambda p, tokens: window_loss(graphdef, p, tokens, CHUNK, jax.random.key(0)))
-    assert "random" not in str(evaluation(parameters(), TOKENS[0]))
+    assert "random" not in str(
+        evaluation(init_state(parameters(), make_optimizer(optimizer_config(), STEPS)), TOKENS[0])
+    )
     assert "random" in str(training(parameters(), TOKENS[0]))

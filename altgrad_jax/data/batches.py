@@ -6,7 +6,8 @@ after epoch the windows are shuffled anew and laid end to end in one endless seq
 step sees depends on the seed and the step alone, not on where a run was interrupted or how often it was evaluated.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -16,12 +17,9 @@ import numpy.typing as npt
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.errors import UserError
 
-READ_THREADS = 2
-READ_AHEAD = 8  # batches
-
 
 class Windows:
-    """The windows of a split, as grain's random-access source of (block_size + 1,) int32 arrays."""
+    """The windows of a split, (block_size + 1,) int32 arrays by index."""
 
     def __init__(self, cache: TokenCache, split: str, block_size: int):
         """Raises UserError if the split is too short for one window."""
@@ -40,6 +38,11 @@ class Windows:
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
         start = index * self._block_size
         return self._tokens[start : start + self._block_size + 1].astype(np.int32)
+
+    def rows(self, indices: Sequence[int] | npt.NDArray) -> npt.NDArray[np.int32]:
+        """Several windows, [len(indices), block_size + 1], gathered in one go."""
+        starts = np.asarray(indices)[:, None] * self._block_size
+        return self._tokens[starts + np.arange(self._block_size + 1)].astype(np.int32)
 
     def token_range(self, index: int) -> tuple[int, int]:
         """First and one past the last token of a window."""
@@ -69,22 +72,28 @@ class TrainBatches:
     host: int = 0
     hosts: int = 1
 
-    def _order(self, source) -> grain.MapDataset:
-        return grain.MapDataset.source(source).seed(self.seed).shuffle().repeat()
+    def _order(self) -> grain.MapDataset:
+        """The endless sequence of window indices."""
+        count = len(Windows(self.cache, "train", self.block_size))
+        return grain.MapDataset.source(range(count)).seed(self.seed).shuffle().repeat()
 
     def from_step(self, step: int) -> Iterator[npt.NDArray[np.int32]]:
-        """Batches of this host from a step on, [batch_size / hosts, block_size + 1], read ahead by threads."""
-        samples = self._order(Windows(self.cache, "train", self.block_size))[self.host :: self.hosts]
-        batches = samples.batch(self.batch_size // self.hosts, drop_remainder=True)
-        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
-        iterator = iter(batches.to_iter_dataset(options))
-        iterator.set_state({"next_index": step})
-        return iterator
+        """Batches of this host from a step on, [batch_size / hosts, block_size + 1].
+
+        Made when asked for, which the loop does while the devices work on the step before: a batch is one gather from
+        the page cache, and threads that read ahead would take more of the interpreter's time than the gather does.
+        """
+        windows, order = Windows(self.cache, "train", self.block_size), self._order()
+
+        def batch(step: int) -> npt.NDArray[np.int32]:
+            first = step * self.batch_size
+            return windows.rows([order[i] for i in range(first + self.host, first + self.batch_size, self.hosts)])
+
+        return map(batch, itertools.count(step))
 
     def windows_of(self, step: int) -> list[int]:
         """Indices of the windows of a step, over all hosts."""
-        count = len(Windows(self.cache, "train", self.block_size))
-        order = self._order(range(count))
+        order = self._order()
         return [int(order[i]) for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
     def documents_of(self, step: int) -> list[list[str]]:
@@ -125,4 +134,4 @@ def evaluation_batches(
             f" fewer than a batch of {batch_size}; lower config.train.batch_size or config.model.block_size"
         )
     chosen = np.linspace(0, len(windows) - 1, count * batch_size).round().astype(int)
-    return [np.stack([windows[i] for i in rows]) for rows in chosen.reshape(count, batch_size)]
+    return [windows.rows(rows) for rows in chosen.reshape(count, batch_size)]

@@ -1,15 +1,22 @@
-"""The matrix product of every dense layer, with its own backward pass.
+"""The matrix product of every dense layer, with its own backward pass, in 16 bits or quantised.
 
-A dense layer makes three products: y = x w forward, dx = g w^T and dw = x^T g backward. Plain autodiff would form dw
-in the compute dtype; here all three take `compute_dtype` operands, accumulate in float32, and dw leaves in float32,
-the dtype of the weight it updates. Owning the backward also lets it be laid out for the machine (see `_weight_grad`).
+A dense layer makes three products: y = x w forward, dx = g w^T and dw = x^T g backward. `matmul` takes operands in a
+compute dtype; `quantised_matmul` rounds each of x, w and g to the format of its role first. Both accumulate in float32
+and give dw in float32, the dtype of the weight it updates; plain autodiff would form dw in the operands' dtype, and
+would cast the cotangents of an FP8 cast to FP8.
 """
 
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from altgrad_jax.precision.recipes import Recipe, RoleRecipe
+from altgrad_jax.precision.rounding import straight_through
+from altgrad_jax.precision.scaling import Operand, RoleState, quantise
+from altgrad_jax.precision.statistics import RoleStats, empty_stats
 
 Array = jax.Array
 
@@ -89,3 +96,148 @@ def _matmul_backward(compute_dtype, out_dtype, residuals, g_NO):
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Probe:
+    """The statistics of x and g of one layer: x's are known forward and g's backward, so both leave as a cotangent.
+
+    A probe of zeros goes in; "the gradient with respect to it" is what was seen.
+    """
+
+    activation: RoleStats
+    gradient: RoleStats
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prepared:
+    """A layer made ready for a step: its weight quantised, once, and what its other operands need.
+
+    Attributes:
+      forward: w [I, O], quantised for y = x w.
+      backward: w [I, O], quantised for dx = g w^T; the same operand unless scales run along the contraction.
+      activation: scaling state of x.
+      gradient: scaling state of g.
+      activation_key: PRNG key of its stochastic rounding, or None.
+      gradient_key: likewise.
+      recipe: how the operands are quantised.
+      native: operands in the formats' own dtypes.
+      axis_name: axis over which current amaxes are combined, or None.
+      collect: whether to gather all statistics, or only amax.
+    """
+
+    forward: Operand
+    backward: Operand
+    activation: RoleState
+    gradient: RoleState
+    activation_key: Array | None
+    gradient_key: Array | None
+    recipe: Recipe = field(metadata={"static": True})
+    native: bool = field(metadata={"static": True})
+    axis_name: str | None = field(metadata={"static": True})
+    collect: bool = field(metadata={"static": True})
+
+    def fold_keys(self, index: Array | int) -> "Prepared":
+        """With keys of its own for one of several parts of a step: a device, a microbatch, a chunk."""
+
+        def fold(key: Array | None) -> Array | None:
+            return None if key is None else jax.random.fold_in(key, index)
+
+        return replace(self, activation_key=fold(self.activation_key), gradient_key=fold(self.gradient_key))
+
+    def probe(self) -> Probe:
+        """Zeros of the structure of this layer's statistics."""
+        return Probe(*(empty_stats(self.recipe.role(r).fmt, self.collect) for r in ("activation", "gradient")))
+
+
+def operand_pair(
+    x_RC: Array,
+    role: RoleRecipe,
+    state: RoleState,
+    axes: tuple[int, int],
+    native: bool,
+    key: Array | None,
+    axis_name: str | None,
+    collect: bool,
+) -> tuple[Operand, Operand, RoleStats]:
+    """A matrix as the operand of its two products, contracted over `axes`, and what the (first) conversion did.
+
+    With one scale a tensor both are the same array, rounded once.
+    """
+    quantised = partial(quantise, x_RC, role, state, native=native, axis_name=axis_name)
+    first, stats = quantised(axes[0], key=key, collect=collect)
+    if role.per_tensor:
+        return first, first, stats
+    other_key = None if key is None else jax.random.fold_in(key, 1)
+    return first, quantised(axes[1], key=other_key, collect=False)[0], stats
+
+
+def product_forward(x_NI: Array, prepared: Prepared) -> tuple[Array, Operand, RoleStats]:
+    """y = x w: [N, O] in float32, x as the operand that the backward pass needs, and the statistics of x."""
+    p = prepared
+    x, x_backward, stats = operand_pair(
+        x_NI, p.recipe.activation, p.activation, (1, 0), p.native, p.activation_key, p.axis_name, p.collect
+    )
+    y_NO = _dot(x.values, p.forward.values, 1, 0) * x.inverse_scale * p.forward.inverse_scale
+    return y_NO, x_backward, stats
+
+
+def product_backward(g_NO: Array, x: Operand, prepared: Prepared) -> tuple[Array, Array, RoleStats]:
+    """dx = g w^T [N, I] and dw = x^T g [I, O], float32, and the statistics of g."""
+    p = prepared
+    g, g_backward, stats = operand_pair(
+        g_NO, p.recipe.gradient, p.gradient, (1, 0), p.native, p.gradient_key, p.axis_name, p.collect
+    )
+    dx_NI = _dot(g.values, p.backward.values, 1, 1) * g.inverse_scale * p.backward.inverse_scale.T
+    dw_IO = _weight_grad(x.values, g_backward.values) * x.inverse_scale.T * g_backward.inverse_scale
+    return dx_NI, dw_IO, stats
+
+
+def dequantised_table(table_VC: Array, prepared: Prepared) -> Array:
+    """An embedding table with its rows rounded, float32, the gradient passed straight through to the table."""
+    rounded = prepared.forward.values.astype(jnp.float32) * prepared.forward.inverse_scale
+    return straight_through(table_VC, lax.stop_gradient(rounded))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def quantised_matmul(
+    x_NI: Array, w_IO: Array, bias_O: Array | None, prepared: Prepared, probe: Probe, out_dtype: jnp.dtype
+) -> Array:
+    """x w + b with x, w and, in the backward pass, g rounded to the formats of their roles.
+
+    Rounding is passed straight through: the gradients are those of the product of the rounded operands.
+
+    Args:
+      x_NI: activations, [N, I].
+      w_IO: the weight, [I, O] float32, whose gradient is wanted; what is multiplied is `prepared.forward`.
+      bias_O: float32, added before the result is rounded to `out_dtype`; or None.
+      prepared: the layer's quantised weight, scales and keys.
+      probe: `prepared.probe()`; its cotangent is the statistics of x and g.
+      out_dtype: dtype of the result.
+
+    Returns:
+      [N, O] in `out_dtype`.
+    """
+    return _quantised_forward(x_NI, w_IO, bias_O, prepared, probe, out_dtype)[0]
+
+
+def _quantised_forward(x_NI, w_IO, bias_O, prepared, probe, out_dtype):
+    del probe
+    y_NO, x, stats = product_forward(x_NI, prepared)
+    if bias_O is not None:
+        y_NO = y_NO + bias_O
+    like = jnp.zeros((0,), x_NI.dtype), jnp.zeros((0,), w_IO.dtype), None if bias_O is None else bias_O[:0]
+    return y_NO.astype(out_dtype), (x, prepared, stats, like)
+
+
+def _quantised_backward(out_dtype, residuals, g_NO):
+    del out_dtype
+    x, prepared, x_stats, (like_x, like_w, like_bias) = residuals
+    dx_NI, dw_IO, g_stats = product_backward(g_NO, x, prepared)
+    dbias_O = None if like_bias is None else jnp.sum(g_NO, axis=0, dtype=jnp.float32).astype(like_bias.dtype)
+    return dx_NI.astype(like_x.dtype), dw_IO.astype(like_w.dtype), dbias_O, None, Probe(x_stats, g_stats)
+
+
+quantised_matmul.defvjp(_quantised_forward, _quantised_backward)

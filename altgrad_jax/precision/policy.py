@@ -1,0 +1,298 @@
+r"""Which layer runs in which recipe: ordered rules on layer paths, resolved once, and what they need in each step.
+
+    rules = ((r"lm_head|wte", "bf16"), (r"blocks\.\d+\.attn\..*", "e5m2"), (r".*", "hybrid"))
+
+The first rule whose pattern matches a layer's whole path decides; a layer that none matches stays in 16 bits. The
+layers are the dense ones and the tables `wte` and `wpe`, whose rows are rounded, as weights, when they are looked up.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+
+from altgrad_jax.precision.dot import Prepared, Probe, operand_pair
+from altgrad_jax.precision.formats import get_format
+from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
+from altgrad_jax.precision.scaling import RoleState, initial_state, next_state, runs_natively
+from altgrad_jax.precision.statistics import RoleStats, over_devices
+
+Array = jax.Array
+BACKENDS = ("auto", "native", "emulated")
+TABLES = ("wte", "wpe")
+LayerState = dict[str, RoleState]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one quantised layer does.
+
+    Attributes:
+      path: the layer's name, such as "blocks.3.attn.qkv".
+      shape: of its weight, (inputs, outputs), or (rows, width) of a table.
+      recipe: how its operands are quantised.
+      native: whether they are multiplied in the formats' own dtypes.
+      why: why not, or what stands in the way of running in 8 bits; "" if nothing does.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    recipe: Recipe
+    native: bool
+    why: str
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles it has: a table is only a weight."""
+        return ("weight",) if self.path in TABLES else ROLES
+
+
+@dataclass(frozen=True)
+class Policy:
+    """All layers' plans. Pure: what changes from step to step is in the state that `init` begins.
+
+    Attributes:
+      plans: of the quantised layers, in the model's order.
+      shapes: of every layer, quantised or not.
+      traced: whether formats are carried in the state, so that one compiled program serves all.
+    """
+
+    plans: tuple[LayerPlan, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, int]], ...] = ()
+    traced: bool = False
+
+    def init(self) -> dict[str, LayerState]:
+        """The state before the first step: layer -> role -> RoleState; empty without quantised layers."""
+        return {
+            plan.path: {role: initial_state(plan.recipe.role(role), self.traced) for role in plan.roles}
+            for plan in self.plans
+        }
+
+    def prepare(
+        self,
+        weights: Mapping[str, Array],
+        state: Mapping[str, LayerState],
+        *,
+        key: Array | None = None,
+        axis_name: str | None = None,
+        collect: bool = False,
+    ) -> tuple[dict[str, Prepared], dict[str, RoleStats]]:
+        """Quantises every weight, once for the step.
+
+        Args:
+          weights: layer -> [inputs, outputs] float32.
+          state: from `init` or `update`.
+          key: of this step's stochastic rounding. None (evaluation): the same draws every time.
+          axis_name: axis over which a tensor's own amax is combined.
+          collect: gather all statistics, not amax alone.
+
+        Returns:
+          What the layers multiply with, and the weights' statistics, both by layer.
+        """
+        key = jax.random.key(0) if key is None else key
+        prepared, stats = {}, {}
+        for plan in self.plans:
+            of_layer = jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
+            keys = {
+                role: jax.random.fold_in(of_layer, i) if plan.recipe.role(role).rounding == "stochastic" else None
+                for i, role in enumerate(ROLES)
+            }
+            roles = state[plan.path]
+            # A table's rows are its vectors; a dense layer's weight is contracted over its inputs, then its outputs.
+            axes = (1, 0) if plan.path in TABLES else (0, 1)
+            # Every device holds the same weight: nothing to combine.
+            forward, backward, stats[plan.path] = operand_pair(
+                *(weights[plan.path], plan.recipe.weight, roles["weight"], axes, plan.native, keys["weight"], None),
+                collect,
+            )
+            layer = Prepared(
+                forward=forward,
+                backward=backward,
+                activation=roles.get("activation", roles["weight"]),
+                gradient=roles.get("gradient", roles["weight"]),
+                activation_key=keys["activation"],
+                gradient_key=keys["gradient"],
+                recipe=plan.recipe,
+                native=plan.native,
+                axis_name=axis_name,
+                collect=collect,
+            )
+            # The devices' activations differ, so their draws must; their weights are one, and so are its draws.
+            prepared[plan.path] = layer if axis_name is None else layer.fold_keys(lax.axis_index(axis_name))
+        return prepared, stats
+
+    def probes(self, prepared: Mapping[str, Prepared]) -> dict[str, Probe]:
+        """A probe for every layer that has activations."""
+        return {plan.path: prepared[plan.path].probe() for plan in self.plans if plan.path not in TABLES}
+
+    def gather(
+        self, weights: Mapping[str, RoleStats], probes: Mapping[str, Probe], axis_name: str
+    ) -> dict[str, dict[str, RoleStats]]:
+        """The statistics of all devices, layer -> role; probes as they came back from the backward pass."""
+        found: dict[str, dict[str, RoleStats]] = {}
+        for plan in self.plans:
+            found[plan.path] = {"weight": weights[plan.path]}
+            if plan.path in probes:
+                probe = probes[plan.path]
+                seen = {"activation": probe.activation, "gradient": probe.gradient}
+                found[plan.path] |= {role: over_devices(stats, axis_name) for role, stats in seen.items()}
+        return found
+
+    def update(
+        self, state: Mapping[str, LayerState], stats: Mapping[str, Mapping[str, RoleStats]]
+    ) -> dict[str, LayerState]:
+        """The state after a step."""
+        return {
+            path: {role: next_state(role_state, stats[path][role].amax) for role, role_state in roles.items()}
+            for path, roles in state.items()
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a layer, for the manifest: layer, shape, format, scaling and rounding of each role, backend."""
+        plans = {plan.path: plan for plan in self.plans}
+        rows = []
+        for path, shape in self.shapes:
+            plan = plans.get(path)
+            row: dict[str, Any] = {"layer": path, "shape": list(shape), "recipe": plan.recipe.name if plan else PLAIN}
+            if plan:
+                row |= {role: plan.recipe.role(role).describe() for role in plan.roles}
+            row["backend"] = "16-bit" if plan is None else "native" if plan.native else "emulated"
+            rows.append(row | ({"note": plan.why} if plan and plan.why else {}))
+        return rows
+
+    def identity(self) -> dict[str, str]:
+        """What must not change when a run resumes: the arithmetic of every quantised layer, not where it runs."""
+        return {
+            f"precision.layers.{plan.path}": " | ".join(plan.recipe.role(role).describe() for role in plan.roles)
+            for plan in self.plans
+        }
+
+    def lines(self) -> list[str]:
+        """The table for people: one line for all layers that differ only in their block's number."""
+        groups: dict[str, list[str]] = {}
+        for row in self.table():
+            name = re.sub(r"^blocks\.\d+\.", "blocks.*.", row["layer"])
+            size = "x".join(map(str, row["shape"]))
+            what = " | ".join(f"{role} {row[role]}" for role in ROLES if role in row) or PLAIN
+            note = f" ({row['note']})" if "note" in row else ""
+            groups.setdefault(f"{name} {size}: {what}, {row['backend']}{note}", []).append(row["layer"])
+        return [f"{line} [{len(layers)} layers]" if len(layers) > 1 else line for line, layers in groups.items()]
+
+
+def native_hardware() -> str:
+    """What of this machine multiplies FP8: the name of its GPU; "" if nothing does.
+
+    FP8 matrix units came with NVIDIA's compute capability 8.9.
+    """
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", "0"))
+    fits = device.platform == "gpu" and float(capability or 0) >= 8.9
+    return device.device_kind if fits else ""
+
+
+def resolve(
+    rules: Sequence[tuple[str, str]],
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    traced: bool = False,
+) -> Policy:
+    """Applies the rules to a model's layers.
+
+    Args:
+      rules: (pattern, recipe), in order.
+      shapes: layer -> shape of its weight.
+      backend: "native" (the formats' own dtypes), "emulated" (the same values in wider ones), or "auto": native where
+        this machine has FP8 matrix units and XLA the formats.
+      strict: refuse a plan that this machine does not multiply in 8 bits.
+      traced: keep the formats in the state; such layers are emulated.
+
+    Raises:
+      ValueError: a bad pattern or recipe, a rule that decides no layer, or one that `backend` or `strict` refuses.
+    """
+    parsed = [parse_rule(rule) for rule in rules]
+    used, plans = set(), []
+    hardware = native_hardware() if rules else ""
+    for path, shape in shapes.items():
+        matching = [i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(path)]
+        if not matching:
+            continue
+        used.add(matching[0])
+        recipe = parsed[matching[0]][1]
+        if recipe is not None:
+            plans.append(_plan(path, shape, recipe, backend, hardware, traced))
+    for i, (pattern, text) in enumerate(rules):
+        if i not in used:
+            taken = any(parsed[i][0].fullmatch(path) for path in shapes)
+            how = "matches only layers that earlier rules have decided" if taken else "matches no layer"
+            raise ValueError(f"precision rule {i + 1} ({pattern!r}, {text!r}) {how}; the layers are {_names(shapes)}")
+    policy = Policy(tuple(plans), tuple(shapes.items()), traced)
+    if strict and (refused := [plan for plan in plans if plan.why and plan.path not in TABLES]):
+        raise ValueError(
+            f"precision.strict: {len(refused)} layers would not be multiplied in 8 bits here, {refused[0].path} the"
+            f" first: {refused[0].why}; use precision.strict=False to run them all the same"
+        )
+    return policy
+
+
+def parse_rule(rule: tuple[str, str]) -> tuple[re.Pattern, Recipe | None]:
+    """A rule's pattern and recipe.
+
+    Raises:
+      ValueError: it is no pair of texts, or one of them is malformed.
+    """
+    if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and all(isinstance(part, str) for part in rule)):
+        raise ValueError(f"precision rule {rule!r} is not a pair (pattern, recipe)")
+    try:
+        return re.compile(rule[0]), parse_recipe(rule[1])
+    except re.error as e:
+        raise ValueError(f"precision rule {tuple(rule)!r}: the pattern is no regular expression: {e}") from None
+
+
+def _plan(path: str, shape: tuple[int, int], recipe: Recipe, backend: str, hardware: str, traced: bool) -> LayerPlan:
+    """How a layer is run, and what stands in the way of 8-bit multiplication."""
+    why = _obstacle(recipe, hardware, traced)
+    if path in TABLES:
+        return LayerPlan(path, shape, recipe, False, "rounded when looked up")
+    possible = not traced and all(runs_natively(recipe.role(role)) for role in ROLES)
+    if backend == "native" and not possible:
+        raise ValueError(f"precision.backend=native: {path} cannot run as {recipe.name!r}: {why}; use auto or emulated")
+    native = backend == "native" or (backend == "auto" and possible and bool(hardware))
+    if not native and not why:
+        why = "precision.backend=emulated"
+    return LayerPlan(path, shape, recipe, native, why)
+
+
+def _obstacle(recipe: Recipe, hardware: str, traced: bool) -> str:
+    if traced:
+        return "the format is a traced value"
+    foreign = [recipe.role(role) for role in ROLES if not runs_natively(recipe.role(role))]
+    if foreign:
+        return _why_foreign(foreign[0])
+    if not hardware:
+        return "no FP8 matrix units on this machine"
+    e5m2 = get_format("e5m2")
+    if recipe.gradient.fmt == e5m2 and e5m2 in (recipe.activation.fmt, recipe.weight.fmt):
+        return "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
+    if recipe.activation.fmt == recipe.weight.fmt == e5m2:
+        return "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
+    return ""
+
+
+def _why_foreign(role: RoleRecipe) -> str:
+    if role.scaling == "mx":
+        return "block scales need matrix units with microscaling"
+    return f"XLA has no dtype {role.fmt.name}"
+
+
+def _names(shapes: Mapping[str, Any]) -> str:
+    """Layer names with blocks counted: "blocks.0-3.attn.qkv, ..., lm_head"."""
+    blocks = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
+    span = f"blocks.{min(blocks)}-{max(blocks)}." if blocks else ""
+    names = [re.sub(r"^blocks\.\d+\.", span, name) for name in shapes]
+    return ", ".join(dict.fromkeys(names))

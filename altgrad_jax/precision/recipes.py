@@ -1,0 +1,191 @@
+"""Recipes: in which format, at which scale and how rounded each operand of a dense layer is.
+
+A recipe is written as one line of text: the name of a recipe or of a format, then options.
+
+    e5m2                                      all operands E5M2, one delayed scale a tensor
+    hybrid scaling=current                    E4M3 forward, E5M2 gradients, scaled by each tensor's own amax
+    e4m3fn g=e5m2 g.rounding=stochastic       options of one operand: x. (activations), w. (weights), g. (gradients)
+
+Options: `x=FORMAT w=FORMAT g=FORMAT`, and for all operands or, with a prefix, for one: `scaling`, `granularity`,
+`scale`, `history`, `margin`, `rounding`, `overflow`.
+"""
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.rounding import OVERFLOWS, ROUNDINGS
+
+ROLES = ("activation", "weight", "gradient")
+SCALINGS = ("none", "static", "current", "delayed", "mx")
+GRANULARITIES = ("tensor", "channel")
+MX_BLOCK = 32  # OCP Microscaling Formats specification 1.0
+
+
+@dataclass(frozen=True)
+class RoleRecipe:
+    """How one operand is quantised.
+
+    Attributes:
+      fmt: the format.
+      scaling: "none" (s = 1), "static" (s = `scale`), "current" (s from the tensor's own amax), "delayed" (s from the
+        largest amax of the last `history` steps; current as long as there is none), or "mx" (blocks of 32 along the
+        contraction, each with a power-of-two scale; OCP MX 1.0).
+      granularity: of "current": one scale a "tensor", or one for every vector along the contraction ("channel").
+      scale: of "static".
+      history: steps that "delayed" looks back.
+      margin: "current" and "delayed" leave this many binades free above the amax.
+      rounding: "nearest", "toward_zero" or "stochastic".
+      overflow: "saturate" or "special" (inf or NaN, as a bare cast does).
+    """
+
+    fmt: FloatFormat
+    scaling: str = "delayed"
+    granularity: str = "tensor"
+    scale: float = 1.0
+    history: int = 16
+    margin: int = 0
+    rounding: str = "nearest"
+    overflow: str = "saturate"
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether one scale serves the whole tensor, so that it is quantised once for both of its products."""
+        return self.scaling != "mx" and self.granularity == "tensor"
+
+    def describe(self) -> str:
+        """For tables: "e5m2 delayed(16)"."""
+        kind = {
+            "delayed": f"delayed({self.history})",
+            "static": f"static({self.scale:g})",
+            "mx": f"mx({MX_BLOCK})",
+        }.get(self.scaling, self.scaling)
+        extras = [
+            *([f"per {self.granularity}"] if self.granularity != "tensor" else []),
+            *([f"margin {self.margin}"] if self.margin else []),
+            *([self.rounding] if self.rounding != "nearest" else []),
+            *(["overflows"] if self.overflow != "saturate" else []),
+        ]
+        return " ".join([self.fmt.name, kind, *extras])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the three operands of a dense layer are quantised.
+
+    Attributes:
+      name: as written in the rule.
+      activation: of x, in y = x w and dw = x^T g.
+      weight: of w, in y = x w and dx = g w^T.
+      gradient: of g, in dx and dw.
+    """
+
+    name: str
+    activation: RoleRecipe
+    weight: RoleRecipe
+    gradient: RoleRecipe
+
+    def role(self, role: str) -> RoleRecipe:
+        """By the name in `ROLES`."""
+        return getattr(self, role)
+
+
+def _uniform(x: str, g: str | None = None, **options) -> tuple[RoleRecipe, RoleRecipe, RoleRecipe]:
+    forward = RoleRecipe(get_format(x), **options)
+    return forward, forward, RoleRecipe(get_format(g or x), **options)
+
+
+# "bf16" is no recipe of this kind: it leaves a layer as it is.
+PLAIN = "bf16"
+RECIPES = {
+    "e5m2": _uniform("e5m2"),
+    "e4m3": _uniform("e4m3fn"),
+    "hybrid": _uniform("e4m3fn", "e5m2"),
+    "e5m2_cast": _uniform("e5m2", scaling="none", overflow="special"),
+    "mxfp8": _uniform("e4m3fn", scaling="mx"),
+    "mxfp8_e5m2": _uniform("e5m2", scaling="mx"),
+    "mxfp6_e3m2": _uniform("e3m2fn", scaling="mx"),
+    "mxfp6_e2m3": _uniform("e2m3fn", scaling="mx"),
+    "mxfp4": _uniform("e2m1fn", scaling="mx"),
+}
+_PREFIXES = {"x": "activation", "w": "weight", "g": "gradient"}
+_NUMBERS = {"scale": float, "history": int, "margin": int}
+_CHOICES = {"scaling": SCALINGS, "granularity": GRANULARITIES, "rounding": ROUNDINGS, "overflow": OVERFLOWS}
+
+
+def parse_recipe(text: str) -> Recipe | None:
+    """The recipe of a line of text; None for "bf16", which leaves a layer unquantised.
+
+    Raises:
+      ValueError: an unknown recipe, format or option (the nearest is named), or options that do not go together.
+    """
+    base, *options = text.split() or [""]
+    if base in (PLAIN, "bfloat16"):
+        if options:
+            raise ValueError(f"recipe {text!r}: {PLAIN} leaves a layer as it is and takes no options")
+        return None
+    if base in RECIPES:
+        roles = dict(zip(ROLES, RECIPES[base], strict=True))
+    else:
+        roles = dict(zip(ROLES, _uniform(_format_or_nearest(base)), strict=True))
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not value:
+            raise ValueError(f"recipe {text!r}: {option!r} is not of the form option=value")
+        _apply(roles, key, value, text)
+    for role, recipe in roles.items():
+        _check(role, recipe, text)
+    return Recipe(text, **roles)
+
+
+def _format_or_nearest(base: str) -> str:
+    """The name itself if it is a format's; otherwise an error that knows recipes too."""
+    try:
+        get_format(base)
+    except ValueError as e:
+        nearest = difflib.get_close_matches(base, RECIPES, 1, cutoff=0.6)
+        if nearest and "unknown format" in str(e):
+            raise ValueError(f"unknown recipe or format {base!r}: did you mean {nearest[0]!r}?") from None
+        raise ValueError(str(e).replace("unknown format", "unknown recipe or format")) from None
+    return base
+
+
+def _apply(roles: dict[str, RoleRecipe], key: str, value: str, text: str) -> None:
+    """Sets one option in all roles, or in the one that its prefix names."""
+    prefix, _, name = key.rpartition(".")
+    if key in _PREFIXES:
+        prefix, name = key, "fmt"
+    if prefix and prefix not in _PREFIXES:
+        raise ValueError(f"recipe {text!r}: {prefix!r} is not one of the operands x, w, g")
+    known = [field.name for field in fields(RoleRecipe)]
+    if name not in known or key == "fmt":
+        nearest = difflib.get_close_matches(name, [*_NUMBERS, *_CHOICES], 1, cutoff=0.0)[0]
+        raise ValueError(f"recipe {text!r}: unknown option {name!r}; did you mean {nearest!r}?")
+    setting: Any = value
+    if name == "fmt":
+        setting = get_format(value)
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"recipe {text!r}: {name}={value!r} is not one of {', '.join(_CHOICES[name])}")
+    elif name in _NUMBERS:
+        try:
+            setting = _NUMBERS[name](value)
+        except ValueError:
+            raise ValueError(f"recipe {text!r}: {name}={value!r} is no {_NUMBERS[name].__name__}") from None
+    for role in [_PREFIXES[prefix]] if prefix else ROLES:
+        roles[role] = replace(roles[role], **{name: setting})
+
+
+def _check(role: str, recipe: RoleRecipe, text: str) -> None:
+    if not (recipe.fmt.signed and recipe.fmt.has_zero):
+        raise ValueError(f"recipe {text!r}: {recipe.fmt.name} holds only powers of two, it cannot be a layer's format")
+    if recipe.history < 1:
+        raise ValueError(f"recipe {text!r}: history={recipe.history} must be at least 1")
+    if not recipe.scale > 0 or recipe.scale == float("inf"):
+        raise ValueError(f"recipe {text!r}: scale={recipe.scale} must be above 0 and finite")
+    if not 0 <= recipe.margin <= 32:
+        raise ValueError(f"recipe {text!r}: margin={recipe.margin} must lie between 0 and 32 binades")
+    if recipe.granularity == "channel" and recipe.scaling != "current":
+        raise ValueError(
+            f"recipe {text!r}: granularity=channel of the {role} goes with scaling=current, not {recipe.scaling}"
+        )

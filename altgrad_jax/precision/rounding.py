@@ -1,0 +1,317 @@
+"""Rounding to a format, and codes: bit-exact, under jit, vmap and grad, for formats known or traced.
+
+All of it is integer arithmetic on the bits of float32. A rounding mode cuts the low d bits of a magnitude, where d
+follows from the exponent: 23 - M for numbers that the format holds with full precision, more below its smallest normal
+number. The carry of a rounded-up mantissa runs into the exponent, which is what it should do. Floating-point tricks
+(adding and subtracting a large number) are as fast, but CPUs and GPUs flush their subnormal operands to zero.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import lax
+
+from altgrad_jax.precision.formats import FloatFormat, get_format
+
+Array = jax.Array
+ROUNDINGS = ("nearest", "toward_zero", "stochastic")
+OVERFLOWS = ("saturate", "special")
+
+_SIGN = np.uint32(0x8000_0000)
+_INF = np.uint32(0x7F80_0000)
+_MANTISSA = 23  # bits of float32's
+_BIAS = 127  # of float32's exponent
+_QUIET_NAN = np.uint32(0x7FC0_0000)
+# Dtypes that can be rounded -> the most mantissa bits and the largest value of a format they can take: whatever is
+# rounded is on the dtype's own grid, so rounding it to fewer bits never needs a smaller subnormal.
+CARRIERS = {"float32": (23, np.inf), "bfloat16": (7, np.inf), "float16": (10, 65504.0)}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Grid:
+    """What rounding needs to know of a format, as numbers that may be traced or batched.
+
+    "The bits of" a value are those of its float32.
+
+    Attributes:
+      mantissa_bits: M, int32.
+      min_exponent: e_min, int32.
+      step_bits: the bits of the smallest positive value, uint32; 0 where it is below float32's smallest.
+      half_step_bits: the bits of half of that, likewise.
+      max_bits: the bits of the largest finite value within float32, uint32.
+      overflow_bits: the bits of what lies beyond it where that is not saturated, uint32: inf, NaN, or the largest value
+        in formats with neither.
+      tie: uint32, which neighbour has the even code where no mantissa bit tells, that is in binades of one value. 2:
+        the one above (the subnormal binade of one step, with code 1 below it); else M = 0, and the lower neighbour
+        2^e is even if e + tie is.
+      signed_zero: bool, whether -0 stays -0.
+      carriers: names of the dtypes that hold every value of the format within their range; static.
+      has_tiny_values: whether e_min lies below that of float32, whose subnormals then have to be normalised; static.
+    """
+
+    mantissa_bits: Any
+    min_exponent: Any
+    step_bits: Any
+    half_step_bits: Any
+    max_bits: Any
+    overflow_bits: Any
+    tie: Any
+    signed_zero: Any
+    carriers: tuple[str, ...] = field(metadata={"static": True})
+    has_tiny_values: bool = field(metadata={"static": True})
+
+    @staticmethod
+    def of(fmt: FloatFormat | str) -> "Grid":
+        """The grid of a format, as NumPy scalars.
+
+        Raises:
+          ValueError: an unknown name, or a format without sign or zero, which numbers are not rounded to here.
+        """
+        fmt = get_format(fmt)
+        if not (fmt.signed and fmt.has_zero):
+            raise ValueError(f"{fmt.name} holds only powers of two, no sign and no zero: it is for block scales")
+        largest = np.uint32(_largest_within_float32(fmt).view(np.uint32))
+        beyond = _INF if fmt.inf else largest if fmt.nan == "none" else _QUIET_NAN
+        return Grid(
+            mantissa_bits=np.int32(fmt.mantissa_bits),
+            min_exponent=np.int32(fmt.min_exponent),
+            step_bits=_power_bits(fmt.step_exponent),
+            half_step_bits=_power_bits(fmt.step_exponent - 1),
+            max_bits=largest,
+            overflow_bits=beyond,
+            tie=np.uint32(2 if fmt.mantissa_bits else (1 - fmt.min_exponent) % 2),
+            signed_zero=np.bool_(fmt.negative_zero),
+            carriers=tuple(n for n, (m, top) in CARRIERS.items() if fmt.mantissa_bits <= m and fmt.max <= top),
+            has_tiny_values=fmt.min_exponent < 1 - _BIAS,
+        )
+
+
+def stack_grids(formats: Sequence[FloatFormat | str]) -> Grid:
+    """The grids of several formats with a leading axis, for `vmap`."""
+    grids = [Grid.of(fmt) for fmt in formats]
+    carriers = tuple(name for name in CARRIERS if all(name in grid.carriers for grid in grids))
+    tiny = any(grid.has_tiny_values for grid in grids)
+    alike = [replace(grid, carriers=carriers, has_tiny_values=tiny) for grid in grids]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
+
+
+def _largest_within_float32(fmt: FloatFormat) -> np.float32:
+    """The format's largest finite value that float32 holds."""
+    if fmt.max_exponent > _BIAS:
+        return np.float32(2.0**_BIAS * (2.0 - 2.0**-fmt.mantissa_bits))
+    return np.float32(fmt.max)
+
+
+def _power_bits(exponent: int) -> np.uint32:
+    """The float32 bits of 2^exponent, subnormals included; 0 below them."""
+    if exponent >= 1 - _BIAS:
+        return np.uint32((exponent + _BIAS) << _MANTISSA)
+    return np.uint32((1 << (exponent + 149)) if exponent >= -149 else 0)
+
+
+def round_to_format(
+    x: Array,
+    fmt: FloatFormat | Grid | str,
+    rounding: str = "nearest",
+    overflow: str = "saturate",
+    key: Array | None = None,
+) -> Array:
+    """Rounds every element of x to a value of the format.
+
+    The gradient is passed straight through: the cotangent of the result is that of x, everywhere.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      fmt: a format, its name, or a `Grid` whose numbers may be traced.
+      rounding: "nearest" (ties to the even code), "toward_zero", or "stochastic" (up or down so that the expected
+        value is x; needs `key`).
+      overflow: what becomes of values that round beyond the largest: "saturate" makes them the largest (infinities
+        too), "special" the format's inf, its NaN if it has no inf, and the largest if it has neither.
+      key: PRNG key of the stochastic rounding.
+
+    Returns:
+      An array of x's shape and dtype. NaN stays NaN, in formats without NaN too: in this array it cannot be mistaken
+      for a number.
+
+    Raises:
+      ValueError: unknown format, rounding or overflow; no key; or a dtype that cannot hold the format's values.
+    """
+    x = jnp.asarray(x)
+    _check(x, rounding, overflow, key)
+    if rounding == "nearest" and not isinstance(fmt, Grid) and has_native_cast(fmt):
+        return straight_through(x, _native_round(lax.stop_gradient(x), get_format(fmt), overflow))
+    grid = fmt if isinstance(fmt, Grid) else Grid.of(fmt)
+    if x.dtype.name not in grid.carriers:
+        name = "each of these formats" if isinstance(fmt, Grid) else get_format(fmt).name
+        raise ValueError(f"{x.dtype} cannot hold every value of {name}; pass {' or '.join(grid.carriers)}")
+    bits = _round_bits(_bits(lax.stop_gradient(x)), grid, rounding, overflow, key)
+    return straight_through(x, _from_bits(bits, x.dtype))
+
+
+def encode(
+    x: Array,
+    fmt: FloatFormat | str,
+    rounding: str = "nearest",
+    overflow: str = "saturate",
+    key: Array | None = None,
+) -> Array:
+    """The codes of x rounded to the format: uint8, uint16 or uint32, arguments as in `round_to_format`.
+
+    NaN becomes the format's NaN code. A format without NaN gets the code that ml_dtypes gives it, that of -0 (of 0
+    without one): count NaNs before encoding.
+    """
+    x, fmt = jnp.asarray(x), get_format(fmt)
+    _check(x, rounding, overflow, key)
+    grid = Grid.of(fmt)
+    bits = _round_bits(_bits(x), grid, rounding, overflow, key)
+    sign, magnitude = bits >> 31, bits & ~_SIGN
+    exponent, lsb_exponent, significand = _split(magnitude, grid)
+    steps = significand >> (jnp.maximum(exponent, fmt.min_exponent) - fmt.mantissa_bits - lsb_exponent).astype(
+        jnp.uint32
+    )
+    binade = jnp.maximum(exponent - fmt.min_exponent, 0).astype(jnp.uint32)
+    code = steps + (binade << fmt.mantissa_bits)
+    if fmt.inf_code is not None:
+        code = jnp.where(magnitude == _INF, np.uint32(fmt.inf_code), code)
+    code = code | (sign << (fmt.bits - 1))
+    nan_code = fmt.nan_code if fmt.nan_code is not None else fmt.magnitudes if fmt.negative_zero else 0
+    return jnp.where(magnitude > _INF, np.uint32(nan_code), code).astype(fmt.code_dtype)
+
+
+def decode(codes: Array, fmt: FloatFormat | str) -> Array:
+    """The values of codes, float32; those that float32 cannot hold become inf or 0."""
+    fmt = get_format(fmt)
+    if fmt.bits == 32:
+        return lax.bitcast_convert_type(jnp.asarray(codes, jnp.uint32), jnp.float32)
+    return jnp.asarray(_float32_table(fmt))[jnp.asarray(codes).astype(jnp.int32)]
+
+
+@cache
+def _float32_table(fmt: FloatFormat) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore", under="ignore"):
+        return np.array([fmt.value(code) for code in range(1 << fmt.bits)]).astype(np.float32)
+
+
+def has_native_cast(fmt: FloatFormat | str) -> bool:
+    """Whether `x.astype` to this format's own dtype is how values are rounded to it."""
+    fmt = get_format(fmt)
+    return fmt.dtype is not None and fmt.bits <= 8 and fmt.signed
+
+
+def native_cast(x: Array, fmt: FloatFormat, overflow: str = "saturate") -> Array:
+    """x in the format's own dtype, to nearest even; see `round_to_format` for `overflow`. No gradient.
+
+    XLA's casts do not saturate, so the values are clipped first. NaN stays NaN.
+    """
+    if overflow == "saturate":
+        x = jnp.clip(x, -fmt.max, fmt.max)
+    return x.astype(fmt.dtype)
+
+
+def _native_round(x: Array, fmt: FloatFormat, overflow: str) -> Array:
+    return native_cast(x, fmt, overflow).astype(x.dtype)
+
+
+def _check(x: Array, rounding: str, overflow: str, key: Array | None) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}")
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow={overflow!r} is not one of {', '.join(OVERFLOWS)}")
+    if rounding == "stochastic" and key is None:
+        raise ValueError("rounding='stochastic' needs key=, a PRNG key")
+    if x.dtype.name not in CARRIERS:
+        raise ValueError(f"x has dtype {x.dtype}; rounding takes {', '.join(CARRIERS)}")
+
+
+@jax.custom_jvp
+def straight_through(x: Array, rounded: Array) -> Array:
+    """`rounded`, with the derivative of x: the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432)."""
+    del x
+    return rounded
+
+
+straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+def _bits(x: Array) -> Array:
+    """The bits of x as float32, uint32; bfloat16 without arithmetic, which would flush its subnormals."""
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+
+
+def _from_bits(bits: Array, dtype: jnp.dtype) -> Array:
+    """The inverse of `_bits` for values that the dtype holds."""
+    if dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+
+
+def _split(magnitude: Array, grid: Grid) -> tuple[Array, Array, Array]:
+    """(e, l, s) with value s 2^l and 2^e <= value < 2^(e + 1): exponent and lsb exponent int32, significand uint32.
+
+    Of float32's subnormals e is only known to be at most -126, unless the grid has normal numbers down there.
+    """
+    field = (magnitude >> _MANTISSA).astype(jnp.int32)
+    fraction = magnitude & np.uint32((1 << _MANTISSA) - 1)
+    significand = jnp.where(field > 0, fraction | np.uint32(1 << _MANTISSA), fraction)
+    lsb_exponent = jnp.maximum(field, 1) - (_BIAS + _MANTISSA)
+    exponent = lsb_exponent + _MANTISSA
+    if grid.has_tiny_values:
+        exponent = jnp.where(field > 0, exponent, 31 - lax.clz(magnitude).astype(jnp.int32) + lsb_exponent)
+    return exponent, lsb_exponent, significand
+
+
+def _round_bits(bits: Array, grid: Grid, rounding: str, overflow: str, key: Array | None) -> Array:
+    """`round_to_format` on float32 bits."""
+    sign = bits & _SIGN
+    magnitude = bits ^ sign
+    exponent, lsb_exponent, significand = _split(magnitude, grid)
+    spacing_exponent = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
+    # Where more than 23 bits would be cut the magnitude is below one step, which is looked after separately.
+    cut = jnp.clip(spacing_exponent - lsb_exponent, 0, _MANTISSA).astype(jnp.uint32)
+    rest = (np.uint32(1) << cut) - np.uint32(1)  # mask of what is cut
+    if rounding == "nearest":
+        # In a binade of one value there is no mantissa bit to tell which neighbour's code is even.
+        lone = jnp.where(grid.tie == 2, np.uint32(1), exponent.astype(jnp.uint32) + grid.tie)
+        kept = jnp.where(spacing_exponent == exponent, lone, magnitude >> cut)
+        rounded = (magnitude + (rest >> 1) + (kept & rest & 1)) & ~rest
+        below_step = jnp.where(magnitude > grid.half_step_bits, grid.step_bits, np.uint32(0))
+    elif rounding == "toward_zero":
+        rounded = magnitude & ~rest
+        below_step = jnp.zeros_like(magnitude)
+    else:
+        assert key is not None, "callers check"
+        random = jax.random.bits(key, bits.shape, jnp.uint32)
+        rounded = (magnitude + (random & rest)) & ~rest
+        below_step = jnp.where(random < _step_fraction(significand, lsb_exponent, grid), grid.step_bits, np.uint32(0))
+    rounded = jnp.where(magnitude < grid.step_bits, below_step, rounded)
+    rounded = _limit(rounded, magnitude, grid, rounding, overflow)
+    sign = jnp.where((rounded == 0) & ~jnp.asarray(grid.signed_zero), np.uint32(0), sign)
+    return sign | rounded
+
+
+def _step_fraction(significand: Array, lsb_exponent: Array, grid: Grid) -> Array:
+    """2^32 times value / step for values below one step, uint32: the chance of rounding up, to 2^-32."""
+    shift = lsb_exponent - (grid.min_exponent - grid.mantissa_bits) + 32
+    up = significand << jnp.clip(shift, 0, 31).astype(jnp.uint32)
+    return jnp.where(shift >= 0, up, significand >> jnp.clip(-shift, 0, 31).astype(jnp.uint32))
+
+
+def _limit(rounded: Array, magnitude: Array, grid: Grid, rounding: str, overflow: str) -> Array:
+    """Magnitudes beyond the largest value as `overflow` has it; NaN as it was."""
+    if overflow == "saturate":
+        limited = jnp.minimum(rounded, grid.max_bits)
+    elif rounding == "toward_zero":  # what is finite stays finite
+        beyond = jnp.where(magnitude == _INF, grid.overflow_bits, grid.max_bits)
+        limited = jnp.where(rounded > grid.max_bits, beyond, rounded)
+    else:
+        limited = jnp.where(rounded > grid.max_bits, grid.overflow_bits, rounded)
+    return jnp.where(magnitude > _INF, magnitude, limited)

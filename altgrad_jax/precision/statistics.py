@@ -1,0 +1,99 @@
+"""What a conversion did to a tensor, counted on the conversion itself and not guessed from ranges."""
+
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_jax.precision.formats import FloatFormat
+from altgrad_jax.precision.rounding import Grid, encode
+
+Array = jax.Array
+SHARES = ("nonzero", "underflow", "overflow", "nan")
+COUNTED_BITS = 8  # codes are counted in formats up to this width
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoleStats:
+    """One operand of one layer in one step.
+
+    Attributes:
+      amax: largest magnitude, float32 scalar.
+      scale: s, float32 scalar: the mean of the scales where there are several. None where it was not asked for, as
+        are the others.
+      shares: of all elements, float32 [4]: those not zero, those not zero that became zero, those finite that lay
+        beyond the largest value and more than half a step away from it, and those that are NaN.
+      codes: share of the elements in each code, float32 [2^bits]; formats up to 8 bits.
+    """
+
+    amax: Array
+    scale: Array | None = None
+    shares: Array | None = None
+    codes: Array | None = None
+
+
+def empty_stats(fmt: FloatFormat, collect: bool) -> RoleStats:
+    """Zeros of the structure that `count` gives; what a probe is made of."""
+    zero = jnp.zeros((), jnp.float32)
+    if not collect:
+        return RoleStats(zero)
+    codes = jnp.zeros((1 << fmt.bits,), jnp.float32) if fmt.bits <= COUNTED_BITS else None
+    return RoleStats(zero, zero, jnp.zeros((len(SHARES),), jnp.float32), codes)
+
+
+def count(amax: Array, scaled: Array, rounded: Array, scale: Array, fmt: FloatFormat, grid: Grid | None) -> RoleStats:
+    """Statistics of one conversion.
+
+    Args:
+      amax: of the tensor before scaling.
+      scaled: the tensor times its scale, float32.
+      rounded: what it became, any float dtype.
+      scale: its scale, or its scales.
+      fmt: the format.
+      grid: the format where it is traced, else None.
+    """
+    rounded = rounded.astype(jnp.float32)
+    magnitude = jnp.abs(scaled)
+    shares = [
+        scaled != 0,
+        (scaled != 0) & (rounded == 0),
+        (magnitude > _saturates_above(fmt, grid)) & jnp.isfinite(scaled),
+        jnp.isnan(rounded),
+    ]
+    means = jnp.stack([jnp.mean(share, dtype=jnp.float32) for share in shares])
+    codes = None
+    if fmt.bits <= COUNTED_BITS:
+        # Under a traced format the codes of another would be counted, so there they are left out.
+        code = encode(rounded, fmt, overflow="special").reshape(-1).astype(jnp.int32)
+        codes = jnp.zeros((1 << fmt.bits,), jnp.float32)
+        if grid is None:
+            codes = jnp.zeros((1 << fmt.bits,), jnp.int32).at[code].add(1).astype(jnp.float32) / code.size
+    return RoleStats(amax, jnp.mean(scale), means, codes)
+
+
+def _saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
+    """The largest value and half a step."""
+    if grid is None:
+        return np.float32(fmt.max + fmt.ulp(fmt.max) / 2) if fmt.max_exponent < 127 else np.float32(np.inf)
+    largest = lax.bitcast_convert_type(jnp.asarray(grid.max_bits, jnp.uint32), jnp.float32)
+    exponent = (jnp.asarray(grid.max_bits, jnp.uint32) >> 23).astype(jnp.int32) - 127
+    spacing = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
+    return largest + jnp.exp2((spacing - 1).astype(jnp.float32))
+
+
+def over_parts(stats: RoleStats) -> RoleStats:
+    """Statistics with a leading axis of equal parts (microbatches, chunks), combined: amax is the largest."""
+    return _combined(stats, lambda x: jnp.max(x, axis=0), lambda x: jnp.mean(x, axis=0))
+
+
+def over_devices(stats: RoleStats, axis_name: str) -> RoleStats:
+    """Statistics of all devices, combined."""
+    return _combined(stats, lambda x: lax.pmax(x, axis_name), lambda x: lax.pmean(x, axis_name))
+
+
+def _combined(stats, largest, mean) -> RoleStats:
+    rest = {f.name: getattr(stats, f.name) for f in fields(stats) if f.name != "amax"}
+    return RoleStats(largest(stats.amax), **{name: None if x is None else mean(x) for name, x in rest.items()})
