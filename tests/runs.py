@@ -29,6 +29,7 @@ from altgrad_jax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
+    "diagnostics.shadow_every": 0,
     "model.n_layer": 1,
     "model.n_embd": 32,
     "model.n_head": 2,

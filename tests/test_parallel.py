@@ -122,7 +122,7 @@ def train():
         for batch in tokens:
             state, metrics = train_step(state, parallel.shard(batch, 1))
             losses.append(metrics["train/loss"])
-        return np.array(losses), np.asarray(eval_step(state.params, parallel.shard(tokens[0]))), state
+        return np.array(losses), np.asarray(eval_step(state, parallel.shard(tokens[0]))), state
 
     return run
 

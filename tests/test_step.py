@@ -217,7 +217,6 @@ def test_evaluation_never_drops():
     graphdef = model_structure(dataclasses.replace(MODEL, dropout=0.3))
     evaluation = jax.make_jaxpr(make_eval_step(graphdef, loss_chunk=CHUNK), axis_env=[("data", 1)])
     training = jax.make_jaxpr(lambda p, tokens: window_loss(graphdef, p, tokens, CHUNK, jax.random.key(0)))
-    assert "random" not in str(
-        evaluation(init_state(parameters(), make_optimizer(optimizer_config(), STEPS)), TOKENS[0])
-    )
+    state = init_state(parameters(), make_optimizer(optimizer_config(), STEPS))
+    assert "random" not in str(evaluation(state, TOKENS[0]))
     assert "random" in str(training(parameters(), TOKENS[0]))

@@ -93,9 +93,9 @@ class Policy:
         Returns:
           What the layers multiply with, and the weights' statistics, both by layer.
         """
-        key = jax.random.key(0) if key is None else key
         prepared, stats = {}, {}
         for plan in self.plans:
+            key = jax.random.key(0) if key is None else key
             of_layer = jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
             keys = {
                 role: jax.random.fold_in(of_layer, i) if plan.recipe.role(role).rounding == "stochastic" else None
