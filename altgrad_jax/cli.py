@@ -41,6 +41,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, TypeError, ValueError, KeyError) as e:  # absl, and ml_collections for overridden keys
         text = " ".join(str(e.args[0] if e.args else e).split())
         raise SystemExit(fail(UsageError(f"{text} (see --help)"))) from None
+    return rest
+
+
+def _parse_only_flags(argv: Sequence[str]) -> list[str]:
+    """`_parse_flags`, for commands that take nothing else."""
+    rest = _parse_flags(argv)
     if len(rest) > 1:
         raise SystemExit(fail(UsageError(f"unexpected argument {rest[1]!r}: options begin with -- (see --help)")))
     return rest
@@ -48,10 +54,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def run(main: Callable[[], int]) -> None:
     """Parses flags, runs `main` and exits with its status; a `UserError` becomes one line."""
+    _run(lambda _: main(), _parse_only_flags)
 
-    def guarded(_: list[str]) -> int:
+
+def run_with_names(main: Callable[[list[str]], int]) -> None:
+    """Like `run`, for `python -m module [NAME ...] --flags`: `main` is given the names."""
+    _run(lambda argv: main(argv[1:]), _parse_flags)
+
+
+def _run(main: Callable[[list[str]], int], parse: Callable[[Sequence[str]], list[str]]) -> None:
+    def guarded(argv: list[str]) -> int:
         try:
-            return main()
+            return main(argv)
         except UserError as e:
             return fail(e)
         except KeyboardInterrupt:  # before or after training, which sees to Ctrl-C itself
@@ -64,7 +78,7 @@ def run(main: Callable[[], int]) -> None:
                 UserError(f"this needs a package that is not installed: pip install {NOT_FOR_TRAINING[e.name]}")
             )
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=parse)
 
 
 def run_command(main: Callable[[str], int], commands: Sequence[str]) -> None:

@@ -1,29 +1,34 @@
 """The run on the terminal: a header, a live line, a plain line where there is no terminal."""
 
+import math
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, at most one line so often, evaluations apart
-
-
 PLAIN_WIDTH = 140
 
 
 def make_console(quiet: bool = False) -> RichConsole:
-    """A console without colours and of a fixed width when its output is not a terminal; `quiet` prints nothing."""
-    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH, quiet=quiet)
+    """A console without colours and of a fixed width when its output is not a terminal; `quiet` prints nothing.
+
+    Brackets and colons in paths and names are what they are, no markup.
+    """
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return RichConsole(highlight=False, markup=False, emoji=False, width=width, quiet=quiet)
 
 
 def print_header(console: RichConsole, title: str, facts: dict[str, str]) -> None:
     """What is about to run, as a two-column list."""
     table = Table.grid(padding=(0, 2))
     for key, value in facts.items():
-        table.add_row(f"[bold]{key}[/bold]" if console.is_terminal else key, value)
+        table.add_row(Text(key, style="bold"), value)
     console.print(title)
     console.print(table)
 
@@ -31,11 +36,15 @@ def print_header(console: RichConsole, title: str, facts: dict[str, str]) -> Non
 class ConsoleSink:
     """Shows records: a progress bar with loss, speed and time left on a terminal, plain lines elsewhere."""
 
-    def __init__(self, console: RichConsole, first_step: int, total_steps: int):
-        """Starts the display at `first_step` of `total_steps`."""
+    def __init__(self, console: RichConsole, first_step: int, total_steps: int, earlier: Iterable[dict[str, Any]] = ()):
+        """Starts the display at `first_step` of `total_steps`.
+
+        `earlier` is what earlier sessions logged up to there: an evaluation is the best only if it beats theirs.
+        """
         self._console, self._first, self._total = console, first_step, total_steps
-        self._started, self._last_line = time.monotonic(), -float("inf")
-        self._best = float("inf")
+        self._started, self._last_line = time.monotonic(), -math.inf
+        losses = (record["val/loss"] for record in earlier if "val/loss" in record)
+        self._best = min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
@@ -58,8 +67,9 @@ class ConsoleSink:
 
     def _print_evaluation(self, step: int, record: dict[str, Any], now: str) -> None:
         loss = record["val/loss"]
-        mark = "  best" if loss < self._best else ""
-        self._best = min(loss, self._best)
+        mark = ""
+        if loss < self._best:
+            mark, self._best = "  best", loss
         floor = f"  above floor {record['val/loss_above_floor']:.4f}" if "val/loss_above_floor" in record else ""
         eta = self._eta(step) if self._bar is None else ""
         perplexity = f"perplexity {record['val/perplexity']:,.2f}"

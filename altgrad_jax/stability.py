@@ -27,6 +27,8 @@ class DivergenceWatch:
 def healthy(record: Record) -> bool:
     """Whether a state with these metrics is worth a checkpoint: its loss and gradient are finite.
 
-    A gradient that is not finite has already spoilt the parameters, whatever the loss before the update said.
+    A gradient that is not finite has already spoilt the parameters, whatever the loss before the update said;
+    except where dynamic loss scaling left the update out.
     """
-    return math.isfinite(record["train/loss"]) and math.isfinite(record["train/grad_norm"])
+    finite = math.isfinite(record["train/loss"]) and math.isfinite(record["train/grad_norm"])
+    return finite or record.get("train/skipped") == 1.0

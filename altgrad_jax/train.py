@@ -249,10 +249,10 @@ class Meter:
 def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:
     """Where this run's records go."""
     sinks: list[Sink] = [MetricsFile(workdir.metrics, start.step)]
+    earlier = read_metrics(workdir.metrics)
     if config.tracking.wandb != "disabled":
-        earlier = read_metrics(workdir.metrics)
         sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"], earlier))
-    return [*sinks, ConsoleSink(console, start.step, config.train.steps)]
+    return [*sinks, ConsoleSink(console, start.step, config.train.steps, earlier)]
 
 
 def _refuse_ended(workdir: Workdir) -> None:

@@ -6,6 +6,7 @@ config.json  manifest.json  metrics.jsonl  summary.json  checkpoints/<step>/  da
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from altgrad_jax.errors import UserError
 
 class Workdir:
     """The folder of one run, held by one process at a time.
+
+    A session that comes to write nothing (its corpus is missing, say) leaves nothing: `close` removes the folders and
+    the lock file that it created, where nothing else has come to lie in them.
 
     Attributes:
       path: the folder.
@@ -28,24 +32,62 @@ class Workdir:
           UserError: the folder cannot be written, or another process trains in it.
         """
         self.path = Path(path).expanduser().absolute()
+        self._made: set[Path] = set()  # folders that were not there
+        self._found: set[str] = set()  # what lay in `path` before
+        self._lock: int | None = None
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            self._make_folders()
+            if lock:
+                self._lock = self._hold()
         except OSError as e:
+            self._remove_made_folders()
             raise UserError(f"--workdir={path} cannot be written: {e.strerror}; choose another folder") from e
-        if not lock:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(
-                f"another process is training in {self.path}; wait for it to end or use another --workdir"
-            ) from None
+
+    def _make_folders(self) -> None:
+        self._made |= {folder for folder in (self.path, *self.path.parents) if not folder.exists()}
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._found = set(os.listdir(self.path))
+
+    def _hold(self) -> int:
+        """The lock file, locked. Raises UserError if another process holds it."""
+        while True:
+            handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise UserError(
+                    f"another process is training in {self.path}; wait for it to end or use another --workdir"
+                ) from None
+            if _is_at(handle, self._lock_file):
+                return handle
+            # Who held it until now has removed it: a third process would lock a new one.
+            os.close(handle)
+            self._make_folders()
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.path / ".lock"
 
     def close(self) -> None:
-        """Releases the lock."""
-        os.close(self._lock)
+        """Removes what this process created in vain, and releases the lock."""
+        if self._lock is not None:
+            with suppress(OSError):  # a folder that cannot be cleaned is no reason to fail
+                self._clean()
+        self._remove_made_folders()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _clean(self) -> None:
+        if self.checkpoints.name not in self._found:
+            _remove_if_empty(self.checkpoints)
+        new = set(os.listdir(self.path)) - self._found
+        if new == {self._lock_file.name}:
+            self._lock_file.unlink()
+
+    def _remove_made_folders(self) -> None:
+        for folder in sorted(self._made, key=lambda folder: len(folder.parts), reverse=True):
+            _remove_if_empty(folder)
 
     @property
     def checkpoints(self) -> Path:
@@ -68,6 +110,19 @@ class Workdir:
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file so that a reader sees the old or the new one, never half of it."""
         write_json(self.path / name, content)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that now has this path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # not empty, or gone
+        folder.rmdir()
 
 
 def read_json(path: Path) -> Any:

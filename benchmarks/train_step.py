@@ -90,7 +90,7 @@ def measure_step(size: str, rounds: int, torch: bool) -> dict:
     return result
 
 
-def _experiment(size: str, compute: str, folder: str):
+def experiment_of(size: str, compute: str, folder: str, rules: tuple = ()):
     """The size as an Experiment on the embedded corpus."""
     import altgrad_jax.config
     from altgrad_jax import experiment
@@ -103,7 +103,7 @@ def _experiment(size: str, compute: str, folder: str):
         config.train.update(batch_size=batch, steps=steps, eval_batches=1, eval_every=10**6)
         config.checkpoint.every = 10**6
         config.data.update(name="embedded", tokenizer="bpe", vocab_size=512, data_dir=folder)
-        config.precision.compute = compute
+        config.precision.update(compute=compute, rules=rules)
     altgrad_jax.config.validate(config)
     return experiment.build(config, open_corpus(config, progress=False))
 
@@ -113,7 +113,7 @@ def time_steps(size: str, compute: str) -> dict:
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
-        exp = _experiment(size, compute, folder)
+        exp = experiment_of(size, compute, folder)
         batch = exp.shard(next(exp.batches.from_step(0)))
         state, times = exp.fresh_state(), []
         for _ in range(SIZES[size][2] + 2):
@@ -149,7 +149,7 @@ def time_loop(size: str) -> dict:
     from altgrad_jax.train import Loop, Start
 
     with tempfile.TemporaryDirectory() as folder:
-        exp = _experiment(size, "bfloat16", folder)
+        exp = experiment_of(size, "bfloat16", folder)
         tokens_per_step = exp.config.train.batch_size * exp.model.block_size
         batches, steps = exp.batches.from_step(0), exp.config.train.steps
         state, _ = exp.run_train(exp.fresh_state(), exp.shard(next(batches)))

@@ -89,7 +89,7 @@ def _show_sample(console: Console, source: Source) -> None:
     document = next(iter(source.documents("train")))
     labels = f", labels {' '.join(document.labels)}" if document.labels else ""
     console.print(f"\nfirst training document, {document.id}{labels}:")
-    console.print(document.text[:600] + ("..." if len(document.text) > 600 else ""), markup=False)
+    console.print(document.text[:600] + ("..." if len(document.text) > 600 else ""))
     console.print()
 
 
@@ -122,7 +122,8 @@ def _cache_of(manifest: dict) -> TokenCache:
 def main(command: str) -> int:
     """Runs a command."""
     cli.quiet_libraries()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
     {"prepare": prepare, "show": show, "batch": batch}[command](console)
     return 0
 

@@ -81,11 +81,22 @@ class FloatFormat:
         return 1 << (self.exponent_bits + self.mantissa_bits)
 
     @property
+    def min_magnitude(self) -> int:
+        """Magnitude code of the smallest positive value."""
+        return 1 if self.has_zero else 0
+
+    @property
     def max_magnitude(self) -> int:
         """Magnitude code of the largest finite value."""
         if self.nan == "ieee":
             return self.magnitudes - (1 << self.mantissa_bits) - 1
         return self.magnitudes - 1 - int(self.inf) - int(self.nan == "top")
+
+    @property
+    def finite_count(self) -> int:
+        """Number of different finite values; 0 and -0 are one."""
+        positive = self.max_magnitude + 1 - self.min_magnitude
+        return positive * (2 if self.signed else 1) + int(self.has_zero)
 
     @property
     def inf_code(self) -> int | None:
@@ -138,7 +149,7 @@ class FloatFormat:
     @property
     def min_positive(self) -> float:
         """Smallest positive value, subnormal where the format has subnormals."""
-        return self.value(1 if self.has_zero else 0)
+        return self.value(self.min_magnitude)
 
     @property
     def min_normal(self) -> float:
@@ -180,10 +191,12 @@ class FloatFormat:
     def values_per_binade(self) -> dict[int, int]:
         """Exponent e -> how many positive finite values lie in [2^e, 2^(e + 1)), for every e that has one."""
         counts: dict[int, int] = {}
-        for magnitude in range(0 if not self.has_zero else 1, self.max_magnitude + 1):
+        magnitude = self.min_magnitude
+        while magnitude <= self.max_magnitude:
+            # The first of its binade is a power of two, k steps; there are k more steps to the next.
             k, e = self.parts(magnitude)
-            binade = k.bit_length() - 1 + e
-            counts[binade] = counts.get(binade, 0) + 1
+            counts[k.bit_length() - 1 + e] = min(k, self.max_magnitude + 1 - magnitude)
+            magnitude += k
         return counts
 
     def same_grid_factor(self, other: "FloatFormat") -> int | None:
@@ -310,6 +323,8 @@ def _user_format(exponent_bits: int, mantissa_bits: int, options: str) -> FloatF
     """A format by its widths and "bias=1,inf=0,nan=0"."""
     plain = f"e{exponent_bits}m{mantissa_bits}"
     given = dict(option.partition("=")[::2] for option in options.split(",") if option)
+    if len(given) < options.count(",") + bool(options):
+        raise ValueError(f"format {plain}:{options}: an option is empty or given twice")
     if unknown := sorted(given.keys() - {"bias", "inf", "nan"}):
         raise ValueError(f"format {plain}:{options}: unknown option {unknown[0]!r}; there are bias, inf and nan")
     total = 1 + exponent_bits + mantissa_bits
@@ -326,7 +341,7 @@ def _user_format(exponent_bits: int, mantissa_bits: int, options: str) -> FloatF
         raise ValueError(f"format {plain}:{options}: nan=ieee needs inf=1, an exponent and a mantissa bit")
     # One spelling for one format, so that equal formats have equal names.
     bias = int(bias_text)
-    name = f"{plain}:bias={bias},inf={inf},nan={kind}"
+    name = f"{plain}:bias={bias},inf={inf},nan={'0' if kind == 'none' else kind}"
     fmt = FloatFormat(name, exponent_bits, mantissa_bits, bias, inf == "1", kind)
     if fmt.max_magnitude < 1:
         raise ValueError(f"format {plain}:{options} has no finite value but 0")

@@ -9,21 +9,22 @@ layers are the dense ones and the tables `wte` and `wpe`, whose rows are rounded
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax import lax
 
 from altgrad_jax.precision.dot import Prepared, Probe, operand_pair
-from altgrad_jax.precision.formats import get_format
+from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
-from altgrad_jax.precision.scaling import RoleState, initial_state, next_state, runs_natively
+from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
 from altgrad_jax.precision.statistics import RoleStats, over_devices
 
 Array = jax.Array
 BACKENDS = ("auto", "native", "emulated")
 TABLES = ("wte", "wpe")
+UNIT_FORMATS = ("e4m3fn", "e5m2")  # operands of NVIDIA's FP8 matrix units (PTX ISA, mma and wgmma)
 LayerState = dict[str, RoleState]
 
 
@@ -70,6 +71,30 @@ class Policy:
         return {
             plan.path: {role: initial_state(plan.recipe.role(role), self.traced) for role in plan.roles}
             for plan in self.plans
+        }
+
+    def with_format(self, state: Mapping[str, LayerState], fmt: FloatFormat | str) -> dict[str, LayerState]:
+        """A state with another format in every operand, for the program that was compiled for this policy.
+
+        Histories and means stay as they are. States of several formats, stacked, are what `jax.vmap` takes.
+
+        Args:
+          state: of this policy, which was resolved with `traced=True`.
+          fmt: a format with the same carrier as the recipe's own: bfloat16, or float32 for what that cannot hold.
+
+        Raises:
+          ValueError: formats are not traced, or this one needs another carrier.
+        """
+        fmt = get_format(fmt)
+        for plan in self.plans:
+            if not self.traced:
+                raise ValueError(f"{plan.path} has its format built in; resolve the rules with traced=True")
+            for role in plan.roles:
+                if (own := carrier(plan.recipe.role(role).fmt)) != carrier(fmt):
+                    raise ValueError(f"{fmt.name} needs {carrier(fmt)} operands, and {plan.path} has {own} ones")
+        return {
+            path: {role: replace(role_state, grid=traced_grid(fmt)) for role, role_state in roles.items()}
+            for path, roles in state.items()
         }
 
     def prepare(
@@ -189,8 +214,9 @@ def native_hardware() -> str:
     FP8 matrix units came with NVIDIA's compute capability 8.9.
     """
     device = jax.local_devices()[0]
-    capability = str(getattr(device, "compute_capability", "0"))
-    fits = device.platform == "gpu" and float(capability or 0) >= 8.9
+    capability = str(getattr(device, "compute_capability", ""))
+    # AMD's GPUs have names there instead of numbers, and other FP8 formats.
+    fits = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.9
     return device.device_kind if fits else ""
 
 
@@ -208,7 +234,7 @@ def resolve(
       rules: (pattern, recipe), in order.
       shapes: layer -> shape of its weight.
       backend: "native" (the formats' own dtypes), "emulated" (the same values in wider ones), or "auto": native where
-        this machine has FP8 matrix units and XLA the formats.
+        this machine has matrix units for the formats.
       strict: refuse a plan that this machine does not multiply in 8 bits.
       traced: keep the formats in the state; such layers are emulated.
 
@@ -262,7 +288,8 @@ def _plan(path: str, shape: tuple[int, int], recipe: Recipe, backend: str, hardw
     possible = not traced and all(runs_natively(recipe.role(role)) for role in ROLES)
     if backend == "native" and not possible:
         raise ValueError(f"precision.backend=native: {path} cannot run as {recipe.name!r}: {why}; use auto or emulated")
-    native = backend == "native" or (backend == "auto" and possible and bool(hardware))
+    multiplied = bool(hardware) and not _without_unit(recipe)
+    native = backend == "native" or (backend == "auto" and possible and multiplied)
     if not native and not why:
         why = "precision.backend=emulated"
     return LayerPlan(path, shape, recipe, native, why)
@@ -276,12 +303,20 @@ def _obstacle(recipe: Recipe, hardware: str, traced: bool) -> str:
         return _why_foreign(foreign[0])
     if not hardware:
         return "no FP8 matrix units on this machine"
+    if others := _without_unit(recipe):
+        return f"FP8 matrix units multiply {' and '.join(UNIT_FORMATS)}, not {others[0]}"
     e5m2 = get_format("e5m2")
     if recipe.gradient.fmt == e5m2 and e5m2 in (recipe.activation.fmt, recipe.weight.fmt):
         return "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
     if recipe.activation.fmt == recipe.weight.fmt == e5m2:
         return "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
     return ""
+
+
+def _without_unit(recipe: Recipe) -> list[str]:
+    """The recipe's formats that FP8 matrix units do not multiply."""
+    names = [recipe.role(role).fmt.name for role in ROLES]
+    return [name for name in names if name not in UNIT_FORMATS]
 
 
 def _why_foreign(role: RoleRecipe) -> str:

@@ -1,9 +1,12 @@
 """Rounding to a format, and codes: bit-exact, under jit, vmap and grad, for formats known or traced.
 
-All of it is integer arithmetic on the bits of float32. A rounding mode cuts the low d bits of a magnitude, where d
+Most of it is integer arithmetic on the bits of float32. A rounding mode cuts the low d bits of a magnitude, where d
 follows from the exponent: 23 - M for numbers that the format holds with full precision, more below its smallest normal
-number. The carry of a rounded-up mantissa runs into the exponent, which is what it should do. Floating-point tricks
-(adding and subtracting a large number) are as fast, but CPUs and GPUs flush their subnormal operands to zero.
+number. The carry of a rounded-up mantissa runs into the exponent, which is what it should do.
+
+To nearest there is a shorter way: add a number so large that the sum has the format's spacing, and take it away again.
+CPUs and GPUs may flush subnormal operands to zero, and the sum must not overflow, so that is for formats well within
+float32's range (`Grid.addable`), which are nearly all.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.threefry import random_bits
 
 Array = jax.Array
 ROUNDINGS = ("nearest", "toward_zero", "stochastic")
@@ -54,6 +58,8 @@ class Grid:
       signed_zero: bool, whether -0 stays -0.
       carriers: names of the dtypes that hold every value of the format within their range; static.
       has_tiny_values: whether e_min lies below that of float32, whose subnormals then have to be normalised; static.
+      addable: whether half the smallest step is a normal float32 and 2^(25 - M) times the largest value is finite, so
+        that float32 additions can round to nearest; static.
     """
 
     mantissa_bits: Any
@@ -66,6 +72,7 @@ class Grid:
     signed_zero: Any
     carriers: tuple[str, ...] = field(metadata={"static": True})
     has_tiny_values: bool = field(metadata={"static": True})
+    addable: bool = field(metadata={"static": True})
 
     @staticmethod
     def of(fmt: FloatFormat | str) -> "Grid":
@@ -90,6 +97,7 @@ class Grid:
             signed_zero=np.bool_(fmt.negative_zero),
             carriers=tuple(n for n, (m, top) in CARRIERS.items() if fmt.mantissa_bits <= m and fmt.max <= top),
             has_tiny_values=fmt.min_exponent < 1 - _BIAS,
+            addable=fmt.step_exponent - 1 >= 1 - _BIAS and fmt.max_exponent + 25 - fmt.mantissa_bits <= _BIAS,
         )
 
 
@@ -98,7 +106,8 @@ def stack_grids(formats: Sequence[FloatFormat | str]) -> Grid:
     grids = [Grid.of(fmt) for fmt in formats]
     carriers = tuple(name for name in CARRIERS if all(name in grid.carriers for grid in grids))
     tiny = any(grid.has_tiny_values for grid in grids)
-    alike = [replace(grid, carriers=carriers, has_tiny_values=tiny) for grid in grids]
+    addable = all(grid.addable for grid in grids)
+    alike = [replace(grid, carriers=carriers, has_tiny_values=tiny, addable=addable) for grid in grids]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
 
 
@@ -145,7 +154,7 @@ def round_to_format(
     """
     x = jnp.asarray(x)
     _check(x, rounding, overflow, key)
-    if rounding == "nearest" and not isinstance(fmt, Grid) and has_native_cast(fmt):
+    if rounding == "nearest" and not isinstance(fmt, Grid) and has_native_cast(fmt) and _native_is_faster():
         return straight_through(x, _native_round(lax.stop_gradient(x), get_format(fmt), overflow))
     grid = fmt if isinstance(fmt, Grid) else Grid.of(fmt)
     if x.dtype.name not in grid.carriers:
@@ -200,7 +209,7 @@ def _float32_table(fmt: FloatFormat) -> npt.NDArray[np.float32]:
 
 
 def has_native_cast(fmt: FloatFormat | str) -> bool:
-    """Whether `x.astype` to this format's own dtype is how values are rounded to it."""
+    """Whether `x.astype` to this format's own dtype rounds to it as `round_to_format` does."""
     fmt = get_format(fmt)
     return fmt.dtype is not None and fmt.bits <= 8 and fmt.signed
 
@@ -213,6 +222,11 @@ def native_cast(x: Array, fmt: FloatFormat, overflow: str = "saturate") -> Array
     if overflow == "saturate":
         x = jnp.clip(x, -fmt.max, fmt.max)
     return x.astype(fmt.dtype)
+
+
+def _native_is_faster() -> bool:
+    """Whether casting to float8 and back beats the general path: not on CPUs, which take three times as long for it."""
+    return jax.default_backend() != "cpu"
 
 
 def _native_round(x: Array, fmt: FloatFormat, overflow: str) -> Array:
@@ -251,7 +265,7 @@ def _from_bits(bits: Array, dtype: jnp.dtype) -> Array:
     """The inverse of `_bits` for values that the dtype holds."""
     if dtype == jnp.bfloat16:
         return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+    return _floats(bits).astype(dtype)
 
 
 def _split(magnitude: Array, grid: Grid) -> tuple[Array, Array, Array]:
@@ -273,6 +287,17 @@ def _round_bits(bits: Array, grid: Grid, rounding: str, overflow: str, key: Arra
     """`round_to_format` on float32 bits."""
     sign = bits & _SIGN
     magnitude = bits ^ sign
+    if rounding == "nearest" and grid.addable:
+        rounded = _nearest_by_adding(magnitude, grid)
+    else:
+        rounded = _round_by_cutting(magnitude, grid, rounding, key)
+    rounded = _limit(rounded, magnitude, grid, rounding, overflow)
+    sign = jnp.where((rounded == 0) & ~jnp.asarray(grid.signed_zero), np.uint32(0), sign)
+    return sign | rounded
+
+
+def _round_by_cutting(magnitude: Array, grid: Grid, rounding: str, key: Array | None) -> Array:
+    """Magnitudes on the grid as if it had no largest value. Any format, any rounding."""
     exponent, lsb_exponent, significand = _split(magnitude, grid)
     spacing_exponent = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
     # Where more than 23 bits would be cut the magnitude is below one step, which is looked after separately.
@@ -289,13 +314,31 @@ def _round_bits(bits: Array, grid: Grid, rounding: str, overflow: str, key: Arra
         below_step = jnp.zeros_like(magnitude)
     else:
         assert key is not None, "callers check"
-        random = jax.random.bits(key, bits.shape, jnp.uint32)
+        random = random_bits(key, magnitude.shape)
         rounded = (magnitude + (random & rest)) & ~rest
         below_step = jnp.where(random < _step_fraction(significand, lsb_exponent, grid), grid.step_bits, np.uint32(0))
-    rounded = jnp.where(magnitude < grid.step_bits, below_step, rounded)
-    rounded = _limit(rounded, magnitude, grid, rounding, overflow)
-    sign = jnp.where((rounded == 0) & ~jnp.asarray(grid.signed_zero), np.uint32(0), sign)
-    return sign | rounded
+    return jnp.where(magnitude < grid.step_bits, below_step, rounded)
+
+
+def _nearest_by_adding(magnitude: Array, grid: Grid) -> Array:
+    """What `_round_by_cutting` gives, to nearest, up to twice the largest value; something larger beyond.
+
+    In the binade of 2^e the sum with 2^(e + 23 - M) lies in that number's binade, where float32's spacing is the
+    format's, and it is rounded to an even multiple of it: to the even code.
+    """
+    magnitude = jnp.minimum(magnitude, grid.max_bits + np.uint32(1 << _MANTISSA))
+    smallest = (jnp.asarray(grid.min_exponent) + _BIAS).astype(jnp.uint32) << _MANTISSA
+    power = jnp.maximum(magnitude & _INF, smallest)
+    # Without mantissa bits the lower neighbour is always the odd multiple, 1. Where its code is even, ties are made a
+    # little less than ties.
+    even_below = ~((power >> _MANTISSA) - np.uint32(_BIAS) + grid.tie) & np.uint32(1)
+    magnitude = magnitude - jnp.where(grid.tie == 2, np.uint32(0), even_below)
+    large = _floats(power + ((_MANTISSA - jnp.asarray(grid.mantissa_bits)).astype(jnp.uint32) << _MANTISSA))
+    return _bits((_floats(magnitude) + large) - large)
+
+
+def _floats(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _step_fraction(significand: Array, lsb_exponent: Array, grid: Grid) -> Array:

@@ -4,7 +4,7 @@ q = round(x s), value q / s. The scale s is float32 and chosen so that the large
 format's largest value (or `margin` binades below). Everything carried from step to step is in `RoleState`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +56,25 @@ class Operand:
 def initial_state(role: RoleRecipe, traced: bool = False) -> RoleState:
     """Before the first step; `traced` puts the format's grid into the state."""
     length = role.history if role.scaling == "delayed" else 0
-    grid = jax.tree.map(jnp.asarray, Grid.of(role.fmt)) if traced else None
+    grid = traced_grid(role.fmt) if traced else None
     return RoleState(jnp.zeros((length,), jnp.float32), jnp.zeros((), jnp.float32), grid)
 
 
+def traced_grid(fmt: FloatFormat) -> Grid:
+    """A format's grid as arrays, of one structure for all formats with the same carrier: one program serves them."""
+    alike = replace(Grid.of(fmt), carriers=("float32",), has_tiny_values=carrier(fmt) == jnp.float32)
+    return jax.tree.map(jnp.asarray, alike)
+
+
 def next_state(state: RoleState, amax: Array) -> RoleState:
-    """With this step's amax, max-combined over microbatches and devices; one that is not finite is left out."""
-    known = jnp.where(jnp.isfinite(amax), amax, 0.0)
-    history = jnp.concatenate([known[None], state.history])[: state.history.shape[0]]
-    mean = jnp.where(state.mean > 0, MEAN_DECAY * state.mean + (1 - MEAN_DECAY) * known, known)
-    return RoleState(history, mean, state.grid)
+    """With this step's amax, max-combined over microbatches and devices.
+
+    One that is not finite is left out: it has 0 for its place in the history, and the mean stays.
+    """
+    finite = jnp.isfinite(amax)
+    history = jnp.concatenate([jnp.where(finite, amax, 0.0)[None], state.history])[: state.history.shape[0]]
+    mean = jnp.where(state.mean > 0, MEAN_DECAY * state.mean + (1 - MEAN_DECAY) * amax, amax)
+    return RoleState(history, jnp.where(finite, mean, state.mean), state.grid)
 
 
 def largest_target(fmt: FloatFormat) -> float:
@@ -89,12 +98,13 @@ def amax(x: Array, axis: int | None = None) -> Array:
 def scale_from_amax(largest: Array, target: Array | float) -> Array:
     """target / amax; 1 where amax is 0 or not finite, so that a spoilt tensor shows as what it is."""
     usable = (largest > 0) & jnp.isfinite(largest)
-    # amax may be so small that the quotient is no float32; the scale then stops at 2^126.
+    # amax may be so small that the quotient is no float32, or so large that it is subnormal and taken for 0; the scale
+    # stops where it and its inverse are normal numbers.
     quotient = jnp.asarray(target, jnp.float32) / jnp.where(usable, largest, 1.0)
-    return jnp.where(usable, jnp.minimum(quotient, np.float32(2.0**126)), 1.0)
+    return jnp.where(usable, jnp.clip(quotient, np.float32(2.0**-126), np.float32(2.0**126)), 1.0)
 
 
-def tensor_scale(x: Array, role: RoleRecipe, state: RoleState, axis: int, now: Array) -> Array:
+def tensor_scale(x: Array, role: RoleRecipe, state: RoleState, axis: int, now: Array, axis_name: str | None) -> Array:
     """The scale s of a tensor that is not scaled by blocks.
 
     Args:
@@ -103,12 +113,16 @@ def tensor_scale(x: Array, role: RoleRecipe, state: RoleState, axis: int, now: A
       state: its history.
       axis: the contraction, along which "channel" scales are shared.
       now: the tensor's amax, combined over devices.
+      axis_name: mapped axis of the devices, over which rows are spread; or None.
     """
     if role.scaling in ("none", "static"):
         return jnp.float32(role.scale if role.scaling == "static" else 1.0)
     target = _target(role, state.grid)
     if role.granularity == "channel":
-        return scale_from_amax(amax(x, axis), target)
+        of_vectors = amax(x, axis)
+        if axis == 0 and axis_name is not None:  # of a vector along the rows each device has a part
+            of_vectors = lax.pmax(of_vectors, axis_name)
+        return scale_from_amax(of_vectors, target)
     if role.scaling == "delayed":
         remembered = jnp.max(state.history)
         now = jnp.where(remembered > 0, remembered, now)
@@ -127,8 +141,9 @@ def round_scaled(scaled: Array, role: RoleRecipe, grid: Grid | None, native: boo
         if role.rounding == "nearest":
             return native_cast(scaled, role.fmt, role.overflow)
         return round_to_format(scaled, role.fmt, role.rounding, role.overflow, key).astype(role.fmt.dtype)
-    rounded = round_to_format(scaled, role.fmt if grid is None else grid, role.rounding, role.overflow, key)
-    return rounded.astype(carrier(role.fmt))
+    # Not by way of the format's own dtype, where XLA has it: on a CPU its cast is slower than the general path.
+    fmt = Grid.of(role.fmt) if grid is None else grid
+    return round_to_format(scaled, fmt, role.rounding, role.overflow, key).astype(carrier(role.fmt))
 
 
 def quantise(
@@ -155,40 +170,62 @@ def quantise(
       collect: gather all statistics, or amax alone.
     """
     x_RC = x_RC.astype(jnp.float32)
+    if role.scaling == "mx":
+        return _quantise_blocks(x_RC, role, state, axis, key, collect)
     largest = amax(x_RC)
     if axis_name is not None and role.scaling in ("current", "delayed"):
         largest = lax.pmax(largest, axis_name)
-    if role.scaling == "mx":
-        scale = 1.0 / mx_scales(x_RC, role, axis, state.grid)
-    else:
-        scale = tensor_scale(x_RC, role, state, axis, largest)
+    scale = tensor_scale(x_RC, role, state, axis, largest, axis_name)
     scaled = x_RC * scale
     rounded = round_scaled(scaled, role, state.grid, native, key)
-    stats = count(largest, scaled, rounded, scale, role.fmt, state.grid) if collect else RoleStats(largest)
-    if role.scaling == "mx":
-        # An element has few mantissa bits and its scale is a power of two: their product is exact in bfloat16, down to
-        # that type's smallest normal number.
-        return Operand((rounded.astype(jnp.float32) / scale).astype(rounded.dtype), jnp.float32(1.0)), stats
+    stats = count(x_RC, largest, scaled, rounded, scale, role.fmt, state.grid) if collect else RoleStats(largest)
     return Operand(rounded, 1.0 / scale), stats
 
 
-def mx_scales(x_RC: Array, role: RoleRecipe, axis: int, grid: Grid | None = None) -> Array:
-    """The scale 2^k of every element's block of 32 along `axis`, float32, x's shape.
+def _quantise_blocks(
+    x_RC: Array, role: RoleRecipe, state: RoleState, axis: int, key: Array | None, collect: bool
+) -> tuple[Operand, RoleStats]:
+    """`quantise` with a scale for every block of 32 along `axis`; the last is shorter where 32 does not divide it."""
+    length = x_RC.shape[axis]
+    padding = [(0, -length % MX_BLOCK if i == axis else 0) for i in (0, 1)]
+    padded_RC = jnp.pad(x_RC, padding)
+    shape = padded_RC.shape
+
+    def whole(blocks: Array) -> Array:
+        return lax.slice_in_dim(blocks.reshape(shape), 0, length, axis=axis)
+
+    # [R, C / 32, 32] or [R / 32, 32, C]: no element moves.
+    blocks = padded_RC.reshape(*shape[:axis], -1, MX_BLOCK, *shape[axis + 1 :])
+    largest = amax(blocks, axis + 1)
+    exponent = mx_exponent(largest, role, state.grid)
+    scaled = blocks * _power_of_two(-exponent)
+    rounded = round_scaled(scaled, role, state.grid, False, key)
+    # An element has few mantissa bits and its scale is a power of two: their product is exact in bfloat16, down to that
+    # type's smallest normal number.
+    values = whole((rounded.astype(jnp.float32) * _power_of_two(exponent)).astype(rounded.dtype))
+    if not collect:
+        return Operand(values, jnp.float32(1.0)), RoleStats(jnp.max(largest))
+    scale = _power_of_two(-exponent)
+    stats = count(x_RC, jnp.max(largest), whole(scaled), whole(rounded), scale, role.fmt, state.grid)
+    return Operand(values, jnp.float32(1.0)), stats
+
+
+def mx_exponent(largest: Array, role: RoleRecipe, grid: Grid | None = None) -> Array:
+    """k of the scale 2^k that a block's elements are divided by, int32, from the block's amax, float32.
 
     OCP MX 1.0, section 6.3: k = floor(log2 amax) - emax, with emax the exponent of the format's largest value, within
-    the range of e8m0 (but for 2^-127, which is no normal float32). A block of zeros has k = 0. Where 32 does not divide
-    the axis the last block is shorter.
+    the range of e8m0 (less its ends, so that 2^k and 2^-k are normal float32). A block of zeros, or one with an
+    infinity or NaN, has k = 0.
     """
-    moved = jnp.moveaxis(x_RC, axis, -1)
-    length = moved.shape[-1]
-    padded = jnp.pad(jnp.abs(moved), ((0, 0), (0, -length % MX_BLOCK)))
-    amax_RB = jnp.max(padded.reshape(moved.shape[0], -1, MX_BLOCK), axis=-1)
-    largest = Grid.of(role.fmt).max_bits if grid is None else grid.max_bits
-    field = (lax.bitcast_convert_type(amax_RB, jnp.uint32) >> 23).astype(jnp.int32)
-    k = jnp.clip(field - (jnp.asarray(largest, jnp.uint32) >> 23).astype(jnp.int32), -126, 127)
-    k = jnp.where((field == 0) | (field == 255), 0, k)
-    scale_RB = lax.bitcast_convert_type(((k + 127) << 23).astype(jnp.uint32), jnp.float32)
-    return jnp.moveaxis(jnp.repeat(scale_RB, MX_BLOCK, axis=-1)[:, :length], -1, axis)
+    max_bits = jnp.asarray(Grid.of(role.fmt).max_bits if grid is None else grid.max_bits, jnp.uint32)
+    field = (lax.bitcast_convert_type(largest, jnp.uint32) >> 23).astype(jnp.int32)
+    k = jnp.clip(field - (max_bits >> 23).astype(jnp.int32), -126, 126)
+    return jnp.where((field == 0) | (field == 255), 0, k)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    """2^exponent, float32, for exponents of normal numbers."""
+    return lax.bitcast_convert_type(((exponent + 127) << 23).astype(jnp.uint32), jnp.float32)
 
 
 def runs_natively(role: RoleRecipe) -> bool:

@@ -44,12 +44,15 @@ def empty_stats(fmt: FloatFormat, collect: bool) -> RoleStats:
     return RoleStats(zero, zero, jnp.zeros((len(SHARES),), jnp.float32), codes)
 
 
-def count(amax: Array, scaled: Array, rounded: Array, scale: Array, fmt: FloatFormat, grid: Grid | None) -> RoleStats:
+def count(
+    x: Array, amax: Array, scaled: Array, rounded: Array, scale: Array, fmt: FloatFormat, grid: Grid | None
+) -> RoleStats:
     """Statistics of one conversion.
 
     Args:
-      amax: of the tensor before scaling.
-      scaled: the tensor times its scale, float32.
+      x: the tensor, float32.
+      amax: its largest magnitude, combined over devices.
+      scaled: the tensor times its scale, float32; 0 or infinite where float32 cannot hold it.
       rounded: what it became, any float dtype.
       scale: its scale, or its scales.
       fmt: the format.
@@ -58,9 +61,9 @@ def count(amax: Array, scaled: Array, rounded: Array, scale: Array, fmt: FloatFo
     rounded = rounded.astype(jnp.float32)
     magnitude = jnp.abs(scaled)
     shares = [
-        scaled != 0,
-        (scaled != 0) & (rounded == 0),
-        (magnitude > _saturates_above(fmt, grid)) & jnp.isfinite(scaled),
+        x != 0,
+        (x != 0) & (rounded == 0),
+        (magnitude > _saturates_above(fmt, grid)) & jnp.isfinite(x),
         jnp.isnan(rounded),
     ]
     means = jnp.stack([jnp.mean(share, dtype=jnp.float32) for share in shares])
@@ -81,7 +84,7 @@ def _saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
     largest = lax.bitcast_convert_type(jnp.asarray(grid.max_bits, jnp.uint32), jnp.float32)
     exponent = (jnp.asarray(grid.max_bits, jnp.uint32) >> 23).astype(jnp.int32) - 127
     spacing = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
-    return largest + jnp.exp2((spacing - 1).astype(jnp.float32))
+    return largest + jnp.ldexp(jnp.float32(1), spacing - 1)  # exp2 is off by some ulps
 
 
 def over_parts(stats: RoleStats) -> RoleStats:

@@ -1,0 +1,240 @@
+"""Trains the quick variant in many formats and several seeds, and compares losses, gradients and rounding errors.
+
+    python benchmarks/format_losses.py --workdir=runs/formats --config.data.name=eurlex --out=docs/results/formats
+
+Every condition is a run of the main job in a folder of its own; started again, finished runs are not repeated. Options
+that begin with --config. are passed on to every run. All conditions of a seed share initial weights and batches.
+Writes OUT.json (all figures, every run's command) and OUT.png, and prints a Markdown table. A loss is given as mean and
+standard deviation over seeds; its gap is the mean of the differences to BF16 of the same seed, with a 95 % confidence
+interval from Student's t.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+from common import write_results
+
+from altgrad_jax.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILY = ("e0m7", "e1m6", "e2m5", "e3m4:inf=0,nan=0", "e4m3:inf=0,nan=0", "e5m2:inf=0,nan=0", "e6m1", "e7m0")
+# name -> (config file and variant, further options)
+CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bf16": ("configs/bf16.py:quick", ()),
+    "hybrid": ("configs/hybrid.py:quick", ()),
+    "e4m3": ("configs/format.py:e4m3,quick", ()),
+    "e5m2": ("configs/e5m2.py:quick", ()),
+    "e5m2_cast, dynamic loss scale": ("configs/e5m2_cast.py:quick", ()),
+    "e5m2_cast, no loss scale": ("configs/e5m2_cast.py:quick", ("--config.train.loss_scale=1",)),
+    **{name: (f"configs/format.py:{name},quick", ()) for name in FAMILY},
+    "mxfp8": ("configs/mxfp8.py:quick", ()),
+    "mixed": ("configs/mixed.py:quick", ()),
+}
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+RATES = ("underflow", "overflow")
+ROLES = ("activation", "weight", "gradient")
+
+
+def main() -> None:
+    """Runs what is missing, then reads all runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs' folders")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its own share of the cores")
+    parser.add_argument("--out", type=Path, help="name of the results, without suffix")
+    arguments, passed_on = parser.parse_known_args()
+    if wrong := [option for option in passed_on if not option.startswith("--config.")]:
+        parser.error(f"unknown option {wrong[0]}")
+    runs = [(name, seed) for seed in arguments.seeds for name in arguments.conditions]
+    places: Queue[int] = Queue()
+    for place in range(arguments.jobs):
+        places.put(place)
+
+    def run(condition: tuple[str, int]) -> None:
+        place = places.get()
+        try:
+            train(arguments.workdir, *condition, passed_on, place, arguments.jobs)
+        finally:
+            places.put(place)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(run, runs))
+    results = {name: collect(arguments.workdir, name, arguments.seeds) for name in arguments.conditions}
+    if "bf16" in results:
+        for row in results.values():
+            row["gap_to_bf16"] = gap(row["val_loss"], results["bf16"]["val_loss"])
+    write_results(f"{arguments.out}.json" if arguments.out else None, results)
+    print(markdown(results))
+    if arguments.out:
+        plot(results, Path(f"{arguments.out}.png"))
+
+
+def folder_of(workdir: Path, name: str, seed: int) -> Path:
+    """A run's folder."""
+    plain = "".join(c if c.isalnum() else "-" for c in name)
+    return workdir / f"{plain}-seed{seed}"
+
+
+def train(workdir: Path, name: str, seed: int, passed_on: list[str], place: int, places: int) -> None:
+    """One run of the main job; a diverged run is a result too."""
+    config, options = CONDITIONS[name]
+    folder = folder_of(workdir, name, seed)
+    summary = folder / "summary.json"
+    if summary.exists() and json.loads(summary.read_text())["status"] in ("finished", "diverged"):
+        return
+    command = [sys.executable, "-m", "altgrad_jax.main", f"--config={config}", f"--workdir={folder}"]
+    command += [f"--config.seed={seed}", "--config.tracking.wandb=disabled", "--config.checkpoint.every=1000"]
+    cores = sorted(os.sched_getaffinity(0))[place::places]
+    done = subprocess.run(
+        [*command, *options, *passed_on],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if not summary.exists():
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    print(name, seed, json.loads(summary.read_text())["final"].get("val/loss"), file=sys.stderr, flush=True)
+
+
+def collect(workdir: Path, name: str, seeds: list[int]) -> dict:
+    """What a condition's runs found: one value a seed, and the diagnostics of every measured step, mean over seeds."""
+    row: dict = {"status": [], "val_loss": [], "curves": [], "commands": []}
+    measured: dict[int, dict[str, list[float]]] = {}
+    for seed in seeds:
+        folder = folder_of(workdir, name, seed)
+        summary = json.loads((folder / "summary.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text())
+        records = read_metrics(folder / "metrics.jsonl")
+        row["status"].append(summary["status"])
+        row["val_loss"].append(summary["final"].get("val/loss"))
+        row["curves"].append([(r["step"], r["val/loss"]) for r in records if "val/loss" in r])
+        row["commands"].append(
+            " ".join(manifest["sessions"][0]["command"][:3] + manifest["sessions"][0]["command"][3:])
+        )
+        row["unigram_nats"] = manifest["corpus"]["unigram_nats"]
+        wanted = ["grads/cosine", "grads/snr_db", *(f"quant/{role}/{rate}" for role in ROLES for rate in RATES)]
+        for record in records:
+            if "grads/cosine" in record:
+                at = measured.setdefault(record["step"], {})
+                for key in wanted:
+                    if isinstance(record.get(key), float):
+                        at.setdefault(key, []).append(record[key])
+        worst = worst_layers(records)
+        row.setdefault("worst_layer", []).append(worst)
+    row["diagnostics"] = {
+        step: {key: statistics.mean(values) for key, values in found.items()}
+        for step, found in sorted(measured.items())
+    }
+    return row
+
+
+def worst_layers(records: list[dict]) -> dict[str, tuple[str, float]]:
+    """For each role, the layer that loses most to underflow in the last measured step; and the lowest cosine."""
+    last = [r for r in records if "grads/cosine" in r][-1]
+    found = {}
+    for role in ROLES:
+        rates = {k.split("/")[1]: v for k, v in last.items() if k.endswith(f"/{role}/underflow") and k.count("/") == 3}
+        if rates:
+            layer = max(rates, key=lambda name: rates[name])
+            found[f"{role} underflow"] = (layer, rates[layer])
+    cosines = {k.split("/")[1]: v for k, v in last.items() if k.startswith("grads/") and k.endswith("/cosine")}
+    cosines = {layer: v for layer, v in cosines.items() if v == v and layer != "cosine"}
+    if cosines:
+        layer = min(cosines, key=lambda name: cosines[name])
+        found["cosine"] = (layer, cosines[layer])
+    return found
+
+
+def gap(losses: list[float], base: list[float]) -> dict:
+    """Mean difference over seeds with its 95 % interval."""
+    if any(not isinstance(loss, float) for loss in losses):
+        return {"mean": None, "half_width": None}
+    differences = [a - b for a, b in zip(losses, base, strict=True)]
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "half_width": None}
+    return {"mean": mean, "half_width": STUDENT_T[count - 1] * statistics.stdev(differences) / count**0.5}
+
+
+def markdown(results: dict) -> str:
+    """The table: loss and gap, then the last measured step's gradient and rates."""
+    lines = [
+        "| recipe | validation loss | gap to bf16 (95 %) | gradient cosine | SNR, dB | underflow x / w / g, % |"
+        " overflow x / w / g, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        losses = [loss for loss in row["val_loss"] if isinstance(loss, float)]
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        difference, last = row.get("gap_to_bf16", {}), list(row["diagnostics"].values())[-1]
+        half = difference.get("half_width")
+        text = "" if difference.get("mean") is None else f"{difference['mean']:+.3f}"
+        text += "" if half is None else f" ± {half:.3f}"
+        rates = [
+            " / ".join(
+                f"{100 * last[f'quant/{role}/{rate}']:.2g}" if f"quant/{role}/{rate}" in last else "-" for role in ROLES
+            )
+            for rate in RATES
+        ]
+        snr = last.get("grads/snr_db")
+        lines.append(
+            f"| {name} | {statistics.mean(losses):.3f} ± {spread:.3f} | {text} | {last['grads/cosine']:.4f} |"
+            f" {'' if snr is None else f'{snr:.1f}'} | {rates[0]} | {rates[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Gap to BF16 with interval beside the gradient's cosine error, a row a condition."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in results if name != "bf16"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 0.34 * len(names) + 1.2), sharey=True)
+    for y, name in enumerate(names):
+        difference = results[name]["gap_to_bf16"]
+        left.errorbar(
+            difference["mean"], y, xerr=difference["half_width"], fmt="o", color="#0072B2", capsize=3, markersize=5
+        )
+        base = results["bf16"]["val_loss"]
+        singles = [a - b for a, b in zip(results[name]["val_loss"], base, strict=True)]
+        left.plot(singles, [y] * len(singles), "|", color="0.4", markersize=9)
+        steps = results[name]["diagnostics"]
+        for i, (step, found) in enumerate(steps.items()):
+            right.plot(
+                max(1 - found["grads/cosine"], 1e-6),
+                y,
+                "os^D"[i % 4],
+                color=("#56B4E9", "#D55E00", "#000000", "#009E73")[i % 4],
+                markersize=5,
+                label=f"step {step}" if y == 0 else None,
+            )
+    left.axvline(0, color="0.6", linewidth=1)
+    left.set_xscale("symlog", linthresh=0.05)
+    left.set_xlabel("validation loss above BF16, nats\n(dot: mean and 95 % interval; bars: seeds)")
+    left.set_yticks(range(len(names)), names, fontsize=9)
+    left.invert_yaxis()
+    right.set_xscale("log")
+    right.set_xlabel("1 - cosine between the gradient\nand the float32 gradient")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+if __name__ == "__main__":
+    main()
