@@ -40,6 +40,7 @@ NOT_NEGATIVE = (
         "train.loss_chunk",
         "diagnostics.quant_every",
         "diagnostics.shadow_every",
+        "diagnostics.windows",
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
         "optimizer.decay_steps",

@@ -177,6 +177,7 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
                 seed=config.seed,
                 policy=policy,
                 loss_scale=loss_scale,
+                windows=config.diagnostics.windows,
             )
         ),
     )

@@ -17,6 +17,7 @@ from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from altgrad_jax import cli
 from altgrad_jax.console import make_console
@@ -219,7 +220,7 @@ def show_list(console: Console) -> None:
     listed: list[FloatFormat] = []
     for title, formats in groups().items():
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]")
+        table.add_row(Text(title, style="bold"))
         for fmt in formats:
             factors = ((fmt.same_grid_factor(other), other.name) for other in listed)
             twin = next((f"{factor_text(k)} x {name}" for k, name in factors if k is not None), "")
@@ -262,7 +263,7 @@ def error_knots(fmt: FloatFormat) -> list[tuple[float, float]]:
 def _window(formats: Sequence[FloatFormat]) -> tuple[int, int]:
     """Exponents between which is plotted: all ranges, or PLOT_BINADES around where most of them are."""
     lows, highs = [fmt.step_exponent for fmt in formats], [fmt.max_exponent + 1 for fmt in formats]
-    low, high = min(lows) - 1, max(highs) + 1
+    low, high = min(lows) - 3, max(highs) + 2
     if high - low <= PLOT_BINADES:
         return low, high
     centres = sorted((a + b) // 2 for a, b in zip(lows, highs, strict=True))
@@ -320,7 +321,7 @@ def plot(formats: Sequence[FloatFormat], file: Path) -> None:
     for row, (fmt, colour) in enumerate(zip(formats, COLOURS, strict=False)):
         _draw_grid(grids, fmt, row, colour, 72 * 8 / (high - low))
         # Ever thinner, so that lines on top of each other all show.
-        _draw_error(errors, fmt, colour, 3.4 - 0.3 * row)
+        _draw_error(errors, fmt, colour, 3.0 - 0.25 * row)
         ends = (fmt.parts(magnitude) for magnitude in (fmt.min_magnitude, fmt.max_magnitude))
         grids.text(
             1.02,

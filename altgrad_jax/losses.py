@@ -107,7 +107,10 @@ def _forward(hidden_NC, w_CV, targets_N, compute_dtype, chunk, head, loss_scale)
     chunk_inputs = hidden, targets, jnp.arange(targets.shape[0])
     (total, dw_CV), (dhidden, probes) = lax.scan(step, start, chunk_inputs)
     probe = None if head is None else Probe(over_parts(probes.activation), over_parts(probes.gradient))
-    scale = jnp.asarray(loss_scale / tokens if head is None else 1.0, jnp.float32)
+    # Were this a constant 1, XLA would fold the transpose of a tied embedding's gradient into the product behind dw_CV,
+    # and its CPU kernels cannot run what comes of that. The gradient of a loss that is NaN is NaN.
+    factor = loss_scale / tokens if head is None else 1.0
+    scale = jnp.where(jnp.isnan(total), jnp.nan, jnp.asarray(factor, jnp.float32))
     return total / tokens, (dhidden.reshape(hidden_NC.shape), dw_CV, probe, scale)
 
 

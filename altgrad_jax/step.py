@@ -134,21 +134,25 @@ def gradients(
     prepared: Mapping[str, Prepared],
     probes: Mapping[str, Probe],
     loss_scale: Array | float,
+    windows: int | None = None,
 ) -> tuple[Array, Any, dict[str, Probe]]:
     """Loss, gradients (unscaled) and statistics of this device's share, over its microbatches.
 
-    The weights were quantised before, so that all microbatches use the same.
+    The weights were quantised before, so that all microbatches use the same. Gradients are rounded at the size they
+    have in the mean over the step's whole batch: however that is cut up, scales and underflow are the same. `windows`
+    is the number that this device has of it, where the tokens are not all of them.
     """
+    microbatches, rows = tokens_ABT1.shape[:2]
+    share = loss_scale * (rows / ((windows or microbatches * rows) * lax.axis_size(AXIS)))
 
     def loss_and_grad(tokens_BT1, key, layers):
         def loss(params, probes):
             quantised = {path: (layer, probes.get(path)) for path, layer in layers.items()}
-            return window_loss(graphdef, params, tokens_BT1, loss_chunk, key, quantised, loss_scale)
+            return window_loss(graphdef, params, tokens_BT1, loss_chunk, key, quantised, share)
 
         value, (grads, seen) = jax.value_and_grad(loss, argnums=(0, 1))(params, dict(probes))
         return (value, grads), seen
 
-    microbatches = tokens_ABT1.shape[0]
     if microbatches == 1:
         (loss, grads), seen = loss_and_grad(tokens_ABT1[0], dropout_key, prepared)
     else:
@@ -162,10 +166,11 @@ def gradients(
         zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
         keys_A = jax.random.split(dropout_key, microbatches)
         total, parts = lax.scan(add, zero, (tokens_ABT1, keys_A, jnp.arange(microbatches)))
-        loss, grads = jax.tree.map(lambda x: x / microbatches, total)
+        loss, grads = total[0] / microbatches, total[1]
         seen = {path: Probe(over_parts(p.activation), over_parts(p.gradient)) for path, p in parts.items()}
-    if not (isinstance(loss_scale, float) and loss_scale == 1.0):
-        grads = jax.tree.map(lambda g: g / loss_scale, grads)
+    unscale = share * microbatches
+    if not (isinstance(unscale, float) and unscale == 1.0):
+        grads = jax.tree.map(lambda g: g / unscale, grads)
     return loss, grads, seen
 
 
@@ -187,13 +192,22 @@ def make_eval_step(
 
 
 def make_diagnose_step(
-    graphdef: Any, shadow_graphdef: Any, *, loss_chunk: int, seed: int, policy: Policy, loss_scale: LossScale
+    graphdef: Any,
+    shadow_graphdef: Any,
+    *,
+    loss_chunk: int,
+    seed: int,
+    policy: Policy,
+    loss_scale: LossScale,
+    windows: int = 0,
 ) -> Callable[..., dict[str, Array]]:
     """Builds diagnose(state, tokens_ABT1, quant, shadow) -> values, for the step about to be taken on this batch.
 
     A program of its own beside the training step, so that measuring a step cannot change it. It repeats the forward
     and backward pass with the same operands and the same random draws, and counts; with `shadow` (static) it also takes
     the gradient of the model in float32, `shadow_graphdef`, with the same dropout.
+
+    With `windows` the device's first so many windows stand for its batch; 0: all of them.
 
     The result has `measures` and `codes` (`diagnostics.quantisation.measure`) if `quant`, and `shadow`
     (`diagnostics.shadow.compare`).
@@ -205,8 +219,10 @@ def make_diagnose_step(
             layer_weights(state.params), state.quant, key=keys.rounding, axis_name=AXIS, collect=quant
         )
         probes, factor = policy.probes(prepared), loss_scale.factor(state.loss_scale)
-        arguments = state.params, tokens_ABT1, loss_chunk, keys.dropout
-        _, grads, seen = gradients(graphdef, *arguments, prepared, probes, factor)
+        measured_ABT1 = tokens_ABT1[:1, :windows] if windows else tokens_ABT1
+        arguments = state.params, measured_ABT1, loss_chunk, keys.dropout
+        held = tokens_ABT1.shape[0] * tokens_ABT1.shape[1]
+        _, grads, seen = gradients(graphdef, *arguments, prepared, probes, factor, held)
         values = {}
         if quant:
             stats = policy.gather(weight_stats, seen, AXIS)

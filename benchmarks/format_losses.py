@@ -118,9 +118,7 @@ def collect(workdir: Path, name: str, seeds: list[int]) -> dict:
         row["status"].append(summary["status"])
         row["val_loss"].append(summary["final"].get("val/loss"))
         row["curves"].append([(r["step"], r["val/loss"]) for r in records if "val/loss" in r])
-        row["commands"].append(
-            " ".join(manifest["sessions"][0]["command"][:3] + manifest["sessions"][0]["command"][3:])
-        )
+        row["commands"].append(" ".join(manifest["sessions"][0]["command"]))
         row["unigram_nats"] = manifest["corpus"]["unigram_nats"]
         wanted = ["grads/cosine", "grads/snr_db", *(f"quant/{role}/{rate}" for role in ROLES for rate in RATES)]
         for record in records:
@@ -180,12 +178,8 @@ def markdown(results: dict) -> str:
         half = difference.get("half_width")
         text = "" if difference.get("mean") is None else f"{difference['mean']:+.3f}"
         text += "" if half is None else f" ± {half:.3f}"
-        rates = [
-            " / ".join(
-                f"{100 * last[f'quant/{role}/{rate}']:.2g}" if f"quant/{role}/{rate}" in last else "-" for role in ROLES
-            )
-            for rate in RATES
-        ]
+        keys = [[f"quant/{role}/{rate}" for role in ROLES] for rate in RATES]
+        rates = [" / ".join(f"{100 * last[key]:.2g}" if key in last else "-" for key in of_rate) for of_rate in keys]
         snr = last.get("grads/snr_db")
         lines.append(
             f"| {name} | {statistics.mean(losses):.3f} ± {spread:.3f} | {text} | {last['grads/cosine']:.4f} |"

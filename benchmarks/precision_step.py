@@ -1,6 +1,6 @@
 """The training step in 8-bit recipes over the same step in BF16, and what the diagnostics add.
 
-    python benchmarks/precision_step.py [--rounds=3] [--sizes quick_1M baseline_30M] [--out=docs/results/precision_step.json]
+    python benchmarks/precision_step.py [--rounds=3] [--sizes quick_1M baseline_30M] [--out=FILE.json]
 
 Every recipe is timed in a process of its own, in turn, `rounds` times over; a figure is the median over rounds of the
 median over steps, a ratio the median over rounds of the ratio within the round. Diagnostics are programs of their own,
@@ -56,10 +56,8 @@ def measure(size: str, recipes: list[str], rounds: int) -> dict:
         }
         for question in ("quant", "shadow", "both"):
             if question in rows[0]:
-                spread = statistics.median(
-                    (EVERY * row["step"] + row[question]) / (EVERY * row["step"]) for row in rows
-                )
-                result[recipe][f"with_{question}_every_{EVERY}"] = round(spread, 3)
+                added = statistics.median(1 + row[question] / (EVERY * row["step"]) for row in rows)
+                result[recipe][f"with_{question}_every_{EVERY}"] = round(added, 3)
     return result
 
 

@@ -64,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.diagnostics = ConfigDict()
     config.diagnostics.quant_every = 100  # steps between counts of overflow, underflow and codes used; 0: never
     config.diagnostics.shadow_every = 100  # steps between comparisons with the float32 gradient; 0: never
+    config.diagnostics.windows = 0  # windows of each device's batch that are measured; 0: all
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100

@@ -24,7 +24,7 @@ LAYERS = (
     ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
     ("parallel", "checkpoint", "stability", "provenance", "cli"),
-    ("experiment",),
+    ("experiment", "formats"),
     ("run_record",),
     ("train", "sample", "data.__main__"),
     ("main",),

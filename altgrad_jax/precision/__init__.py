@@ -1,1 +1,6 @@
-"""What a number is, and where it is rounded. Depends on jax and numpy alone."""
+"""What a number is, and where it is rounded. Depends on jax and numpy alone, and can be used alone."""
+
+from altgrad_jax.precision.formats import FloatFormat, family, get_format
+from altgrad_jax.precision.rounding import Grid, decode, encode, round_to_format, stack_grids
+
+__all__ = ["FloatFormat", "Grid", "decode", "encode", "family", "get_format", "round_to_format", "stack_grids"]

@@ -122,7 +122,7 @@ class FloatFormat:
             raise ValueError(f"{self.name} has no finite magnitude code {magnitude}")
         field, mantissa = magnitude >> self.mantissa_bits, magnitude & ((1 << self.mantissa_bits) - 1)
         first_normal = 1 if self.has_zero else 0
-        if field < first_normal or self.exponent_bits == 0:
+        if field < first_normal:
             return mantissa, self.step_exponent
         return (1 << self.mantissa_bits) + mantissa, self.step_exponent + field - first_normal
 

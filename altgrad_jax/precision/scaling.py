@@ -29,12 +29,12 @@ class RoleState:
     """What is carried for one operand of one layer, in float32.
 
     Attributes:
-      history: amax of the last steps, newest first, [H]; 0 where there was none yet. H = 0 but for delayed scaling.
+      history: amax of the last steps, newest first, [H]; 0 where there was none yet. None but for delayed scaling.
       mean: exponential moving average of amax, decay 0.9, scalar; for people to look at.
       grid: the format, where it is traced; None where the recipe's is built in.
     """
 
-    history: Array
+    history: Array | None
     mean: Array
     grid: Grid | None = None
 
@@ -55,9 +55,8 @@ class Operand:
 
 def initial_state(role: RoleRecipe, traced: bool = False) -> RoleState:
     """Before the first step; `traced` puts the format's grid into the state."""
-    length = role.history if role.scaling == "delayed" else 0
-    grid = traced_grid(role.fmt) if traced else None
-    return RoleState(jnp.zeros((length,), jnp.float32), jnp.zeros((), jnp.float32), grid)
+    history = jnp.zeros((role.history,), jnp.float32) if role.scaling == "delayed" else None
+    return RoleState(history, jnp.zeros((), jnp.float32), traced_grid(role.fmt) if traced else None)
 
 
 def traced_grid(fmt: FloatFormat) -> Grid:
@@ -72,7 +71,9 @@ def next_state(state: RoleState, amax: Array) -> RoleState:
     One that is not finite is left out: it has 0 for its place in the history, and the mean stays.
     """
     finite = jnp.isfinite(amax)
-    history = jnp.concatenate([jnp.where(finite, amax, 0.0)[None], state.history])[: state.history.shape[0]]
+    history = state.history
+    if history is not None:
+        history = jnp.concatenate([jnp.where(finite, amax, 0.0)[None], history[:-1]])
     mean = jnp.where(state.mean > 0, MEAN_DECAY * state.mean + (1 - MEAN_DECAY) * amax, amax)
     return RoleState(history, jnp.where(finite, mean, state.mean), state.grid)
 
@@ -97,7 +98,9 @@ def amax(x: Array, axis: int | None = None) -> Array:
 
 def scale_from_amax(largest: Array, target: Array | float) -> Array:
     """target / amax; 1 where amax is 0 or not finite, so that a spoilt tensor shows as what it is."""
-    usable = (largest > 0) & jnp.isfinite(largest)
+    # The last always holds. It gives the divisor the target's shape where formats are batched: a tensor divided by one
+    # number XLA multiplies with the number's inverse, which is an ulp off.
+    usable = (largest > 0) & jnp.isfinite(largest) & (target > 0)
     # amax may be so small that the quotient is no float32, or so large that it is subnormal and taken for 0; the scale
     # stops where it and its inverse are normal numbers.
     quotient = jnp.asarray(target, jnp.float32) / jnp.where(usable, largest, 1.0)
@@ -124,6 +127,7 @@ def tensor_scale(x: Array, role: RoleRecipe, state: RoleState, axis: int, now: A
             of_vectors = lax.pmax(of_vectors, axis_name)
         return scale_from_amax(of_vectors, target)
     if role.scaling == "delayed":
+        assert state.history is not None, "initial_state made one"
         remembered = jnp.max(state.history)
         now = jnp.where(remembered > 0, remembered, now)
     return scale_from_amax(now, target)
