@@ -1,8 +1,8 @@
 """Large pages for XLA's temporary arrays on a Linux CPU.
 
 XLA:CPU asks for its temporaries anew at every step. glibc takes blocks that large straight from the kernel and returns
-them after the step, so each step faults its memory in again, 4 KiB at a time. Kept in the heap, in 2 MiB pages, the
-same step is faster by a fifth at 30 M parameters and by two fifths at 1 M (`benchmarks/train_step.py` measures both).
+them after the step, so each step faults its memory in again, 4 KiB at a time. With 2 MiB pages and thresholds that keep
+glibc from returning them, the same step is faster (`benchmarks/train_step.py` measures both; docs/LOG.md has figures).
 glibc reads these settings when a process starts, so the process starts itself once more, under the same pid.
 """
 

@@ -113,7 +113,7 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
             "status": status,
             "step": progress.step,
             "final": {key: json_value(value) for key, value in final.items()},
-            "best_val_loss": json_value(min((r["val/loss"] for r in records if "val/loss" in r), default=math.nan)),
+            "best_val_loss": json_value(_best(records)),
             "tokens_seen": progress.step * exp.config.train.batch_size * exp.model.block_size,
             "seconds": round(progress.seconds, 3),
             "compile_seconds": round(progress.compile_seconds, 3),
@@ -121,6 +121,11 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
             "parameter_sha256": progress.parameter_sha256,
         },
     )
+
+
+def _best(records: list[Record]) -> float:
+    """The lowest validation loss that is a number; NaN without one."""
+    return min((r["val/loss"] for r in records if not math.isnan(r.get("val/loss", math.nan))), default=math.nan)
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -1,9 +1,34 @@
 """Every test runs on the CPU, as eight virtual devices; both are fixed when JAX is first imported, so this comes first.
 
-Tests that need one device say so: `DataParallel(1)`.
+Tests that need one device say so: `DataParallel(1)`. The fixtures import JAX themselves, for many tests do without.
 """
 
 import os
+import shutil
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """The tiny main job: `tests.runs.Lab`."""
+    from tests.runs import Lab
+
+    return Lab(tmp_path_factory.getbasetemp() / "lab")
+
+
+@pytest.fixture(scope="session")
+def finished(lab, tmp_path_factory):
+    """The work directory of the tiny job, finished at step 20. Not to be changed: take `copied`."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert lab.train(workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of `finished`, to do with as one likes."""
+    return shutil.copytree(finished, tmp_path / "run")

@@ -5,15 +5,7 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-
-from tests.runs import ROOT, Ended, Lab, snapshot
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.getbasetemp() / "lab")
-
+from tests.runs import ROOT, Ended, snapshot
 
 # What is typed after a command line that would work, the exit status, and what the line must say.
 MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {

@@ -10,14 +10,9 @@ import pytest
 
 from altgrad_jax.config import CHOICES, check_devices, check_keys, load_config, validate
 from altgrad_jax.errors import UsageError
-from tests.runs import ROOT, Lab
+from tests.runs import ROOT
 
 BF16 = str(ROOT / "configs" / "bf16.py")
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.getbasetemp() / "lab")
 
 
 def leaves(config, prefix: str = "") -> set[str]:

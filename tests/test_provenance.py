@@ -10,12 +10,7 @@ import pytest
 from altgrad_jax import provenance
 from altgrad_jax.config import load_config
 from altgrad_jax.data.corpus import open_corpus
-from tests.runs import ROOT, SECRET, SECRETS, Lab
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.getbasetemp() / "lab")
+from tests.runs import ROOT, SECRET, SECRETS
 
 
 @pytest.fixture(scope="module")

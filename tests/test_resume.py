@@ -1,6 +1,7 @@
 """However a run is stopped, the next start of the same command ends in the same bits, or says why it cannot."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -14,7 +15,6 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import read_metrics
 from tests.runs import (
     ROOT,
-    Lab,
     bits,
     checkpoint_steps,
     ended,
@@ -28,49 +28,31 @@ from tests.runs import (
 LONG = {"train.steps": 2000, "optimizer.decay_steps": 20, "checkpoint.every": 5}  # the same schedule, no end in sight
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.getbasetemp() / "lab")
-
-
 @pytest.fixture(scope="module")
-def finished(lab, tmp_path_factory):
-    """A run of 40 steps with its schedule over at 20. Not to be changed."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert lab.train(workdir, train__steps=40, optimizer__decay_steps=20) == 0
+def whole(lab, tmp_path_factory):
+    """The run of `finished` to step 40, its schedule over at 20. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert go_on(lab, workdir) == 0
     return workdir
-
-
-@pytest.fixture(scope="module")
-def half(lab, tmp_path_factory):
-    """The same run, of 20 steps. Not to be changed: take `halfway`."""
-    workdir = tmp_path_factory.mktemp("half") / "run"
-    assert lab.train(workdir, optimizer__decay_steps=20) == 0
-    return workdir
-
-
-@pytest.fixture
-def halfway(half, tmp_path):
-    return shutil.copytree(half, tmp_path / "run")
 
 
 def go_on(lab, workdir, **changes) -> int:
     return lab.train(workdir, train__steps=40, optimizer__decay_steps=20, **changes)
 
 
-def assert_equal(workdir, finished) -> None:
-    assert bits(workdir) == bits(finished)
+def assert_equal(workdir, whole) -> None:
+    assert bits(workdir) == bits(whole)
     assert summary(workdir)["status"] == "finished"
-    assert summary(workdir)["parameter_sha256"] == summary(finished)["parameter_sha256"]
+    assert summary(workdir)["parameter_sha256"] == summary(whole)["parameter_sha256"]
 
 
-def test_more_steps_with_the_schedule_fixed(lab, halfway, finished):
-    assert go_on(lab, halfway) == 0
-    assert_equal(halfway, finished)
-    assert [s["from_step"] for s in json.loads((halfway / "manifest.json").read_text())["sessions"]] == [0, 20]
+def test_more_steps_with_the_schedule_fixed(lab, copied, whole):
+    assert go_on(lab, copied) == 0
+    assert_equal(copied, whole)
+    assert [s["from_step"] for s in json.loads((copied / "manifest.json").read_text())["sessions"]] == [0, 20]
 
 
-def test_killed_and_started_again(lab, finished, tmp_path):
+def test_killed_and_started_again(lab, whole, tmp_path):
     """Once while training, once while what is left of a checkpoint lies about; the long form is a benchmark."""
     workdir = tmp_path / "run"
     for step in (7, 21):
@@ -83,10 +65,10 @@ def test_killed_and_started_again(lab, finished, tmp_path):
         if step > 30:  # the process went on for a little
             shutil.rmtree(workdir / "checkpoints" / str(step))
     assert go_on(lab, workdir) == 0
-    assert_equal(workdir, finished)
+    assert_equal(workdir, whole)
 
 
-def test_a_second_process_is_refused_and_a_signal_ends_the_first(lab, finished, tmp_path):
+def test_a_second_process_is_refused_and_a_signal_ends_the_first(lab, whole, tmp_path):
     workdir = tmp_path / "run"
     process = lab.start(workdir, LONG)
     wait_for_step(process, workdir, 3)
@@ -100,7 +82,7 @@ def test_a_second_process_is_refused_and_a_signal_ends_the_first(lab, finished, 
     assert checkpoint_steps(workdir)[-1] == step == read_metrics(workdir / "metrics.jsonl")[-1]["step"]
     if step < 40:
         assert go_on(lab, workdir) == 0
-        assert_equal(workdir, finished)
+        assert_equal(workdir, whole)
 
 
 def test_a_second_signal_ends_at_once():
@@ -118,51 +100,51 @@ def test_a_second_signal_ends_at_once():
 
 
 @pytest.mark.parametrize("item", ["state", "iterator", "manifest"])
-def test_a_damaged_newest_checkpoint_costs_steps_not_bits(lab, halfway, finished, caplog, item):
-    for path in (halfway / "checkpoints" / "20" / item).rglob("*"):
+def test_a_damaged_newest_checkpoint_costs_steps_not_bits(lab, copied, whole, caplog, item):
+    for path in (copied / "checkpoints" / "20" / item).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert go_on(lab, halfway) == 0
-    assert f"checkpoint {halfway / 'checkpoints' / '20'} is damaged" in caplog.text
-    assert f"moved to {halfway / 'damaged' / '20.0'}; resuming from step 15" in caplog.text
-    assert_equal(halfway, finished)
+    assert go_on(lab, copied) == 0
+    assert f"checkpoint {copied / 'checkpoints' / '20'} is damaged" in caplog.text
+    assert f"moved to {copied / 'damaged' / '20.0'}; resuming from step 15" in caplog.text
+    assert_equal(copied, whole)
 
 
-def test_damage_is_told_in_two_lines(lab, halfway, finished):
+def test_damage_is_told_in_two_lines(lab, copied, whole):
     """Not in the pages that Python prints about what the storage layers leave behind; so in a process of its own."""
-    (halfway / "checkpoints" / "20" / "state" / "array_metadatas" / "process_0").write_text("")
-    done = ended(lab.start(halfway, {"train.steps": 40, "optimizer.decay_steps": 20}))
+    (copied / "checkpoints" / "20" / "state" / "array_metadatas" / "process_0").write_text("")
+    done = ended(lab.start(copied, {"train.steps": 40, "optimizer.decay_steps": 20}))
     assert done.code == 0
     told, moved = done.err.splitlines()
-    assert told.startswith(f"WARNING: checkpoint {halfway / 'checkpoints' / '20'} is damaged: ")
-    assert moved == f"WARNING: moved to {halfway / 'damaged' / '20.0'}; resuming from step 15"
-    assert_equal(halfway, finished)
+    assert told.startswith(f"WARNING: checkpoint {copied / 'checkpoints' / '20'} is damaged: ")
+    assert moved == f"WARNING: moved to {copied / 'damaged' / '20.0'}; resuming from step 15"
+    assert_equal(copied, whole)
 
 
-def test_with_every_checkpoint_damaged_nothing_starts(lab, halfway):
-    for step in checkpoint_steps(halfway):
-        (halfway / "checkpoints" / str(step) / "manifest" / "metadata").unlink()
-    before = snapshot(halfway)
+def test_with_every_checkpoint_damaged_nothing_starts(lab, copied):
+    for step in checkpoint_steps(copied):
+        (copied / "checkpoints" / str(step) / "manifest" / "metadata").unlink()
+    before = snapshot(copied)
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(steps 20, 15, 10\)"):
-        go_on(lab, halfway)
-    assert snapshot(halfway) == before
+        go_on(lab, copied)
+    assert snapshot(copied) == before
 
 
-def test_a_full_disk(lab, halfway, finished):
+def test_a_full_disk(lab, copied, whole):
     """No file may grow past 20 kB: checkpoints fail as they do when the disk is full."""
-    before = snapshot(halfway / "checkpoints")
-    process = lab.start(halfway, {"train.steps": 40, "optimizer.decay_steps": 20})
+    before = snapshot(copied / "checkpoints")
+    process = lab.start(copied, {"train.steps": 40, "optimizer.decay_steps": 20})
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     done = ended(process)
     assert done.code == 1
     assert done.err == (
-        f"error: a checkpoint could not be written to {halfway / 'checkpoints'}: File too large; checkpoints kept:"
+        f"error: a checkpoint could not be written to {copied / 'checkpoints'}: File too large; checkpoints kept:"
         " 10, 15, 20. Free some space and run the same command again\n"
     )
-    assert summary(halfway)["status"] == "failed"
-    assert {k: v for k, v in snapshot(halfway / "checkpoints").items() if "tmp" not in k} == before
-    assert go_on(lab, halfway) == 0
-    assert_equal(halfway, finished)
+    assert summary(copied)["status"] == "failed"
+    assert {k: v for k, v in snapshot(copied / "checkpoints").items() if "tmp" not in k} == before
+    assert go_on(lab, copied) == 0
+    assert_equal(copied, whole)
 
 
 DIFFERENT = [
@@ -176,30 +158,49 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("changes", "differences"), DIFFERENT)
-def test_another_run_is_refused(lab, finished, changes, differences):
-    before = snapshot(finished)
+def test_another_run_is_refused(lab, whole, changes, differences):
+    before = snapshot(whole)
     with pytest.raises(UserError) as caught:
-        lab.train(finished, **{"train__steps": 60, "optimizer__decay_steps": 20} | changes)
+        lab.train(whole, **{"train__steps": 60, "optimizer__decay_steps": 20} | changes)
     assert f"belongs to a different run ({'; '.join(differences)}); use the settings it" in str(caught.value)
-    assert snapshot(finished) == before
+    assert snapshot(whole) == before
 
 
-def test_other_data_is_refused(lab, finished, tmp_path):
+def test_other_data_is_refused(lab, whole, tmp_path):
     (tmp_path / "corpus.txt").write_text(lab.corpus.read_text() + " one word more")
-    before = snapshot(finished)
+    before = snapshot(whole)
     with pytest.raises(UserError, match=r"belongs to a different run \(data.sha256: [0-9a-f]{64} -> [0-9a-f]{64}\)"):
-        go_on(lab, finished, data__path=str(tmp_path / "corpus.txt"))
-    assert snapshot(finished) == before
+        go_on(lab, whole, data__path=str(tmp_path / "corpus.txt"))
+    assert snapshot(whole) == before
 
 
-def test_what_may_change_at_a_restart(lab, halfway, finished):
+def test_what_may_change_at_a_restart(lab, copied, whole):
     other = {"tracking__name": "x", "tracking__tags": ("a",), "train__log_every": 4, "train__eval_every": 7}
     other |= {"checkpoint__every": 3, "checkpoint__max_to_keep": 1, "train__eval_batches": 1}
-    assert go_on(lab, halfway, **other) == 0
-    assert set(train_losses(halfway)) < set(train_losses(finished))
-    assert summary(halfway)["parameter_sha256"] == summary(finished)["parameter_sha256"]
-    assert json.loads((halfway / "config.json").read_text())["tracking"]["name"] == "x"
-    assert checkpoint_steps(halfway) == [40]
+    assert go_on(lab, copied, **other) == 0
+    assert set(train_losses(copied)) < set(train_losses(whole))
+    assert summary(copied)["parameter_sha256"] == summary(whole)["parameter_sha256"]
+    assert json.loads((copied / "config.json").read_text())["tracking"]["name"] == "x"
+    assert checkpoint_steps(copied) == [40]
+
+
+@pytest.mark.parametrize("earlier", [None, 0.5, "NaN"])
+def test_the_best_evaluation_is_the_best_of_all_sessions(lab, copied, capsys, earlier):
+    """A resumed session marks what beats the sessions before it too; `earlier` is what step 10 is said to have had."""
+    metrics = copied / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if earlier is not None:
+        records[10]["val/loss"] = earlier
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert go_on(lab, copied) == 0
+    told = {line.split("/")[0]: "  best" in line for line in capsys.readouterr().out.splitlines() if "val loss" in line}
+    best, expected = math.inf, {}
+    for record in read_metrics(metrics):
+        loss = record.get("val/loss", math.inf)
+        expected[f"step {record['step']:>6}"] = loss < best
+        best = min(best, loss)
+    assert told == {step: expected[step] for step in ("step     30", "step     40")}
+    assert set(told.values()) == {earlier != 0.5}, "0.5 is below anything that so short a run comes to"
 
 
 @pytest.mark.slow

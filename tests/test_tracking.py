@@ -17,7 +17,7 @@ from rich.console import Console
 from altgrad_jax.console import ConsoleSink
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import MetricsFile, read_metrics
-from tests.runs import SECRET, SECRETS, Lab, ended, summary, train_losses, wait_for_step
+from tests.runs import SECRET, SECRETS, ended, summary, train_losses, wait_for_step
 
 RECORDS = [
     {"step": 1, "train/loss": 2.0000000000000004, "train/nonfinite_steps": 0},
@@ -25,11 +25,6 @@ RECORDS = [
     {"step": 3, "train/loss": -math.inf, "val/loss": 1e-300},
     {"step": 4, "train/loss": 0.1},
 ]
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.getbasetemp() / "lab")
 
 
 @pytest.fixture

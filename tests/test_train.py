@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 import os
-import shutil
 import signal
 from unittest import mock
 
@@ -18,25 +17,7 @@ from altgrad_jax.checkpoint import Checkpoints
 from altgrad_jax.errors import UserError
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.tracking import read_metrics
-from tests.runs import Lab, bits, checkpoint_steps, snapshot, summary, train_losses
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.getbasetemp() / "lab")
-
-
-@pytest.fixture(scope="module")
-def finished(lab, tmp_path_factory):
-    """A run of 20 steps. Not to be changed: take `copied`."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert lab.train(workdir) == 0
-    return workdir
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+from tests.runs import bits, checkpoint_steps, snapshot, summary, train_losses
 
 
 def test_what_a_finished_run_leaves(finished, lab):

@@ -27,17 +27,21 @@ def compare(grads: Any, shadow: Any) -> Array:
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(shadow), strict=True)
     # Rows of |g|^2, |r|^2, |g - r|^2 and <g, r>. Each leaf is brought to a largest magnitude of 1 before it is squared:
     # gradients near 1e-20 would have squares that float32 does not hold.
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(r)) for r in jax.tree.leaves(shadow)]))
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    rows = [_sums(g.astype(jnp.float32) / unit, r.astype(jnp.float32) / unit) for g, r in pairs]
-    sums = jnp.stack(rows)
-    gg, rr, dd, gr = jnp.concatenate([sums, jnp.sum(sums, axis=0, keepdims=True)]).T
-    snr_db = 10 * jnp.log10(rr / dd)
-    return jnp.stack([gr / jnp.sqrt(gg * rr), jnp.sqrt(dd / rr), snr_db], axis=1)
+    found = [_sums(g.astype(jnp.float32), r.astype(jnp.float32)) for g, r in pairs]
+    units, sums = jnp.stack([unit for unit, _ in found]), jnp.stack([row for _, row in found])
+    together = jnp.sum(sums * ((units / jnp.max(units)) ** 2)[:, None], axis=0, keepdims=True)
+    gg, rr, dd, gr = jnp.concatenate([sums, together]).T
+    measures = jnp.stack([gr / (jnp.sqrt(gg) * jnp.sqrt(rr)), jnp.sqrt(dd / rr), 10 * jnp.log10(rr / dd)], axis=1)
+    return jnp.where((rr > 0)[:, None], measures, jnp.nan)
 
 
-def _sums(g: Array, r: Array) -> Array:
-    return jnp.stack([jnp.sum(g * g), jnp.sum(r * r), jnp.sum((g - r) ** 2), jnp.sum(g * r)])
+def _sums(g: Array, r: Array) -> tuple[Array, Array]:
+    """The largest magnitude in either, and the four sums of the two in units of it."""
+    largest = jnp.maximum(jnp.max(jnp.abs(g)), jnp.max(jnp.abs(r)))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    g, r = (x / jnp.where(usable, largest, 1.0) for x in (g, r))
+    sums = jnp.stack([jnp.sum(g * g), jnp.sum(r * r), jnp.sum((g - r) ** 2), jnp.sum(g * r)])
+    return jnp.where(usable, largest, 0.0), sums
 
 
 def name(params: Any, values: npt.NDArray[np.float32]) -> dict[str, float]:

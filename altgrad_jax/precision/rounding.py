@@ -182,11 +182,11 @@ def encode(
     bits = _round_bits(_bits(x), grid, rounding, overflow, key)
     sign, magnitude = bits >> 31, bits & ~_SIGN
     exponent, lsb_exponent, significand = _split(magnitude, grid)
-    steps = significand >> (jnp.maximum(exponent, fmt.min_exponent) - fmt.mantissa_bits - lsb_exponent).astype(
-        jnp.uint32
-    )
+    # Of float32's subnormals fewer bits may be left than the format has.
+    surplus = jnp.maximum(exponent, fmt.min_exponent) - fmt.mantissa_bits - lsb_exponent
+    steps = _shifted_right(significand, surplus)
     binade = jnp.maximum(exponent - fmt.min_exponent, 0).astype(jnp.uint32)
-    code = steps + (binade << fmt.mantissa_bits)
+    code = jnp.where(magnitude == 0, np.uint32(0), steps + (binade << fmt.mantissa_bits))
     if fmt.inf_code is not None:
         code = jnp.where(magnitude == _INF, np.uint32(fmt.inf_code), code)
     code = code | (sign << (fmt.bits - 1))
@@ -343,9 +343,13 @@ def _floats(bits: Array) -> Array:
 
 def _step_fraction(significand: Array, lsb_exponent: Array, grid: Grid) -> Array:
     """2^32 times value / step for values below one step, uint32: the chance of rounding up, to 2^-32."""
-    shift = lsb_exponent - (grid.min_exponent - grid.mantissa_bits) + 32
-    up = significand << jnp.clip(shift, 0, 31).astype(jnp.uint32)
-    return jnp.where(shift >= 0, up, significand >> jnp.clip(-shift, 0, 31).astype(jnp.uint32))
+    return _shifted_right(significand, grid.min_exponent - grid.mantissa_bits - lsb_exponent - 32)
+
+
+def _shifted_right(bits: Array, by: Array) -> Array:
+    """bits 2^-by, rounded down; `by` of either sign."""
+    left, right = (jnp.clip(distance, 0, 31).astype(jnp.uint32) for distance in (-by, by))
+    return jnp.where(by < 0, bits << left, bits >> right)
 
 
 def _limit(rounded: Array, magnitude: Array, grid: Grid, rounding: str, overflow: str) -> Array:

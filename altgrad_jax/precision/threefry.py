@@ -5,6 +5,7 @@ five times as long as the same arithmetic unrolled, which becomes part of the lo
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD1_1BDA)
 
 
+@partial(jax.jit, static_argnames="shape", inline=True)
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
     """32 random bits for every element, uint32: a function of the key and of the element's index in row-major order.
 
