@@ -273,13 +273,16 @@ def test_scales_are_those_of_the_whole_batch(on_devices, devices, microbatches):
     ):
         expected, found = amaxes(quant), amaxes(parts_quant)
         # In its first step a microbatch knows its own amax alone; its gradients are rounded at another scale.
-        tolerance = 0.05 if microbatches == 1 else 0.25
+        tolerance, of_loss = (0.05, 2e-3) if microbatches == 1 else (0.25, 1e-2)
         for name in expected:
             # The largest of what every device sees to the bit; gradients and deeper activations pass through sums,
             # which parts add up in another order, and through roundings that may fall the other way for it.
             exact = name.endswith("weight") or name == "blocks.0.attn.qkv/activation"
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6 if exact else tolerance, err_msg=name)
-        assert parts_metrics["train/loss"] == pytest.approx(float(metrics["train/loss"]), rel=2e-3)
+            if exact:  # in the first step, before the weights have learned from gradients that differ
+                np.testing.assert_allclose(found[name][1:], expected[name][1:], rtol=1e-6, err_msg=name)
+            same = exact and microbatches == 1
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6 if same else tolerance, err_msg=name)
+        assert parts_metrics["train/loss"] == pytest.approx(float(metrics["train/loss"]), rel=of_loss)
         assert distance(parts_params, params) < 0.02
     assert all((history[:2] > 0).all() and history[2] == 0 for history in found.values())
 

@@ -35,7 +35,7 @@ class RoleRecipe:
       granularity: of "current": one scale a "tensor", or one for every vector along the contraction ("channel").
       scale: of "static".
       history: steps that "delayed" looks back.
-      margin: "current" and "delayed" leave this many binades free above the amax.
+      margin: "current", "delayed" and "mx" leave this many binades free above the amax.
       rounding: "nearest", "toward_zero" or "stochastic".
       overflow: "saturate" or "special" (inf or NaN, as a bare cast does).
     """
@@ -185,6 +185,16 @@ def _check(role: str, recipe: RoleRecipe, text: str) -> None:
         raise ValueError(f"recipe {text!r}: scale={recipe.scale} must be above 0 and finite")
     if not 0 <= recipe.margin <= 32:
         raise ValueError(f"recipe {text!r}: margin={recipe.margin} must lie between 0 and 32 binades")
+    for option, unset, scalings in (
+        ("scale", 1.0, ("static",)),
+        ("history", 16, ("delayed",)),
+        ("margin", 0, ("current", "delayed", "mx")),
+    ):
+        if getattr(recipe, option) != unset and recipe.scaling not in scalings:
+            raise ValueError(
+                f"recipe {text!r}: {option}={getattr(recipe, option)} of the {role} goes with"
+                f" scaling={' or '.join(scalings)}, not {recipe.scaling}"
+            )
     if recipe.granularity == "channel" and recipe.scaling != "current":
         raise ValueError(
             f"recipe {text!r}: granularity=channel of the {role} goes with scaling=current, not {recipe.scaling}"

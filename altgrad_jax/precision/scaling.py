@@ -60,8 +60,15 @@ def initial_state(role: RoleRecipe, traced: bool = False) -> RoleState:
 
 
 def traced_grid(fmt: FloatFormat) -> Grid:
-    """A format's grid as arrays, of one structure for all formats with the same carrier: one program serves them."""
-    alike = replace(Grid.of(fmt), carriers=("float32",), has_tiny_values=carrier(fmt) == jnp.float32)
+    """A format's grid as arrays, of one structure for all formats with the same carrier: one program serves them.
+
+    Raises:
+      ValueError: bfloat16 holds the format, but float32 additions cannot round to it as they do to the others.
+    """
+    grid, narrow = Grid.of(fmt), carrier(fmt) == jnp.bfloat16
+    if narrow and not grid.addable:
+        raise ValueError(f"{fmt.name} reaches too far beyond the other formats to share their program")
+    alike = replace(grid, carriers=("float32",), has_tiny_values=not narrow, addable=narrow)
     return jax.tree.map(jnp.asarray, alike)
 
 
@@ -219,11 +226,12 @@ def mx_exponent(largest: Array, role: RoleRecipe, grid: Grid | None = None) -> A
 
     OCP MX 1.0, section 6.3: k = floor(log2 amax) - emax, with emax the exponent of the format's largest value, within
     the range of e8m0 (less its ends, so that 2^k and 2^-k are normal float32). A block of zeros, or one with an
-    infinity or NaN, has k = 0.
+    infinity or NaN, has k = 0. This rule lets a block's largest elements saturate: those between the format's largest
+    value and the next power of two. With `margin` = 1, k is one more and none does, at the price of the lowest binade.
     """
     max_bits = jnp.asarray(Grid.of(role.fmt).max_bits if grid is None else grid.max_bits, jnp.uint32)
     field = (lax.bitcast_convert_type(largest, jnp.uint32) >> 23).astype(jnp.int32)
-    k = jnp.clip(field - (max_bits >> 23).astype(jnp.int32), -126, 126)
+    k = jnp.clip(field - (max_bits >> 23).astype(jnp.int32) + role.margin, -126, 126)
     return jnp.where((field == 0) | (field == 255), 0, k)
 
 

@@ -69,7 +69,7 @@ def test_formats_of_single_operands():
 @pytest.mark.parametrize(("option", "values"), OPTIONS.items())
 @pytest.mark.parametrize(("prefix", "roles"), [("", ROLES)] + [(f"{r[0]}.", (r,)) for r in ("weight", "gradient")])
 def test_options_reach_all_operands_or_the_one_they_name(option, values, prefix, roles):
-    base = "e5m2 scaling=current" if option == "granularity" else "e5m2"
+    base = {"granularity": "e5m2 scaling=current", "scale": "e5m2 scaling=static"}.get(option, "e5m2")
     before = parse_recipe(base)
     for value in values:
         recipe = parse_recipe(f"{base} {prefix}{option}={value}")
@@ -142,6 +142,10 @@ MISTAKES = [
     ("e5m2 scaling=static scale=nan", "scale=nan must be above 0 and finite"),
     ("e5m2 margin=-1", "margin=-1 must lie between 0 and 32"),
     ("e5m2 margin=33", "margin=33 must lie between 0 and 32"),
+    # Options that would do nothing.
+    ("e5m2 scale=2", "scale=2.0 of the activation goes with scaling=static, not delayed"),
+    ("e5m2 scaling=current g.history=4", "history=4 of the gradient goes with scaling=delayed, not current"),
+    ("e5m2_cast w.margin=1", "margin=1 of the weight goes with scaling=current or delayed or mx, not none"),
     # Form.
     ("e5m2 stochastic", "'stochastic' is not of the form option=value"),
     ("e5m2 scaling=", "'scaling=' is not of the form option=value"),
