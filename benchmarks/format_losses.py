@@ -217,6 +217,7 @@ def plot(results: dict, path: Path) -> None:
             )
     left.axvline(0, color="0.6", linewidth=1)
     left.set_xscale("symlog", linthresh=0.05)
+    left.set_xticks([-0.1, 0, 0.1, 1], ["-0.1", "0", "0.1", "1"])
     left.set_xlabel("validation loss above BF16, nats\n(dot: mean and 95 % interval; bars: seeds)")
     left.set_yticks(range(len(names)), names, fontsize=9)
     left.invert_yaxis()

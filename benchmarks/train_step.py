@@ -90,8 +90,8 @@ def measure_step(size: str, rounds: int, torch: bool) -> dict:
     return result
 
 
-def experiment_of(size: str, compute: str, folder: str, rules: tuple = ()):
-    """The size as an Experiment on the embedded corpus."""
+def experiment_of(size: str, compute: str, folder: str, rules: tuple = (), windows: int = 0):
+    """The size as an Experiment on the embedded corpus, `windows` of its batches diagnosed."""
     import altgrad_jax.config
     from altgrad_jax import experiment
     from altgrad_jax.data.corpus import open_corpus
@@ -104,6 +104,7 @@ def experiment_of(size: str, compute: str, folder: str, rules: tuple = ()):
         config.checkpoint.every = 10**6
         config.data.update(name="embedded", tokenizer="bpe", vocab_size=512, data_dir=folder)
         config.precision.update(compute=compute, rules=rules)
+        config.diagnostics.windows = windows
     altgrad_jax.config.validate(config)
     return experiment.build(config, open_corpus(config, progress=False))
 
