@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin)
         print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
         for line in exp.policy.lines() if exp.policy.plans else ():
-            console.print(f"  {line}", markup=False, highlight=False)
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         loop = Loop(exp, checkpoints, sinks, start, run_identity)
         try:
