@@ -187,9 +187,7 @@ def last_step(metrics: Path) -> int:
     """Step of the last whole line of a metrics file; -1 where there is none."""
     if not metrics.exists():
         return -1
-    with open(metrics, "rb") as file:
-        file.seek(max(0, metrics.stat().st_size - 2000))
-        lines = file.read().split(b"\n")
+    lines = metrics.read_bytes().split(b"\n")
     return json.loads(lines[-2])["step"] if len(lines) > 1 else -1
 
 

@@ -92,7 +92,7 @@ def test_eurlex_is_prepared_and_shown(tmp_path, source):
             entropy = -sum(n / len(stream) * math.log(n / len(stream)) for n in counts)
             assert float(cells[5]) == pytest.approx(entropy, abs=1e-4)
     assert "first training document, 3train0, labels 5:\nRèglement 0\n\nthe [bold] goods\n" in made.out
-    [cache] = re.findall("token cache (.*)", made.out.replace("\n/", " /"))
+    [cache] = re.findall(r"token cache\s+(/\S+)", made.out)
     assert open_cache(Path(cache)).sha256 in made.out
 
 
