@@ -131,9 +131,9 @@ class Loop:
         batches = exp.batches.from_step(self.step)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
-            began = time.monotonic()
             batch = exp.shard(next(batches))
             answers = self._diagnose(batch)
+            began = time.monotonic()
             self.state, metrics = exp.run_train(self.state, batch)
             if self.compile_seconds == 0.0:
                 self.compile_seconds = time.monotonic() - began
@@ -170,11 +170,12 @@ class Loop:
         questions = self.exp.diagnoses(self.step)
         if not any(questions.values()):
             return {}
+        jax.block_until_ready(self.state)  # the step in flight belongs to training, not to the pause
         with self._meter.paused():
             return self.exp.diagnose(self.state, batch, questions)
 
     def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> Record:
-        """A step's metrics on the host, waiting for the step to end: the loop's one device-to-host copy."""
+        """A step's metrics on the host, waiting for the step to end: the only copy from the devices in most steps."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         return {"step": step, **values, "train/tokens_per_second": self._meter.rate(step), **answers}
 

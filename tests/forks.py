@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runs import ROOT, Ended
+ROOT = Path(__file__).resolve().parents[1]
 
 _PROGRAM = """
 import gc, importlib, json, os, runpy, sys, traceback
@@ -34,7 +35,22 @@ for number, arguments in enumerate(task["cases"]):
 """
 
 
-def run_module(module: str, cases: Sequence[Sequence[str]], folder: Path, imports: Sequence[str]) -> list[Ended]:
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit status (negative: killed by that signal) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_module(
+    module: str,
+    cases: Sequence[Sequence[str]],
+    folder: Path,
+    imports: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> list[Ended]:
     """Runs `python -m module` with each list of arguments, one after the other.
 
     Args:
@@ -42,11 +58,12 @@ def run_module(module: str, cases: Sequence[Sequence[str]], folder: Path, import
       cases: command lines.
       folder: empty or not there yet; what the cases print goes through it.
       imports: modules to import once for all; none that defines the same flags as `module`.
+      environment: of the process; this one's by default.
     """
     folder.mkdir(exist_ok=True)
     task = {"module": module, "cases": [list(case) for case in cases], "folder": str(folder), "imports": list(imports)}
     command = [sys.executable, "-c", _PROGRAM]
-    done = subprocess.run(command, input=json.dumps(task), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(task), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     codes = [int(line) for line in done.stdout.split()]
     texts = [[(folder / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(cases))]

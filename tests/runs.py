@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from altgrad_jax.config import load_config, validate
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.tracking import read_metrics
 from altgrad_jax.train import train
+from tests.forks import ROOT, Ended, run_module
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
     "diagnostics.shadow_every": 0,
     "model.n_layer": 1,
@@ -50,38 +49,6 @@ TINY: dict[str, Any] = {
 SECRET = "hunter2-5f0c1e"
 SECRETS = {"AWS_SECRET_ACCESS_KEY": SECRET, "WANDB_API_KEY": SECRET * 3, "HF_TOKEN": SECRET, "MY_JAX_TOKEN": SECRET}
 BITS = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
-
-# Runs each case of a JSON list on stdin as the command line would, in a fork made after the slow imports.
-_FORKS = """
-import gc, json, os, sys, traceback
-from altgrad_jax import cli, main
-gc.freeze()
-for number, case in enumerate(json.load(sys.stdin)):
-    pid = os.fork()
-    if pid == 0:
-        for fd, name in (1, "out"), (2, "err"):
-            os.dup2(os.open(os.path.join(case["folder"], f"{number}.{name}"), os.O_CREAT | os.O_WRONLY), fd)
-        sys.argv = ["main", *case["arguments"]]
-        try:
-            cli.run(main.main)
-        except SystemExit as e:
-            code = e.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 70
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)  # taking the interpreter down takes longer than most cases
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended: exit status (negative: killed by that signal) and what it printed."""
-
-    code: int
-    out: str
-    err: str
 
 
 class Lab:
@@ -184,21 +151,10 @@ class Lab:
         """Runs the main job once for each list of arguments, with as many virtual devices as this process."""
         folder = self.folder / "forks"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-        environment["HOME"] = str(folder)  # without a login
-        done = subprocess.run(
-            [sys.executable, "-c", _FORKS],
-            input=json.dumps([{"arguments": list(case), "folder": str(folder)} for case in cases]),
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        codes = [int(line) for line in done.stdout.split()]
-        texts = [[(folder / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(cases))]
-        return [Ended(code, *text) for code, text in zip(codes, texts, strict=True)]
+        # Without a login, and with the allocator as it is: a restart would leave the fork.
+        environment |= {"HOME": str(folder), "GLIBC_TUNABLES": ""}
+        return run_module("altgrad_jax.main", cases, folder, ["altgrad_jax.train"], environment)
 
 
 def ended(process: subprocess.Popen, timeout: float = 120.0) -> Ended:
