@@ -156,6 +156,13 @@ class Checkpoints:
             " Free some space and run the same command again"
         )
 
+    def discard(self, wanted: Callable[[int], bool]) -> None:
+        """Deletes the checkpoints of steps that are not wanted, once all saves are on disk."""
+        self.wait()
+        for step in self.steps():
+            if not wanted(step):
+                self._manager.delete(step)
+
     def restore_latest(self, like: Any, identity: dict[str, Any]) -> Restored | None:
         """The newest whole checkpoint, or None where none was ever committed.
 

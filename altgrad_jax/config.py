@@ -13,15 +13,26 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.loss_scale import parse_loss_scale
+from altgrad_jax.optimizers.factory import OPTIONS
+from altgrad_jax.optimizers.manifold import FORMS, PLACEMENTS
+from altgrad_jax.optimizers.rules import optimizer_violations
+from altgrad_jax.optimizers.stored import MOMENTS
 from altgrad_jax.precision.policy import BACKENDS, parse_rule
+from altgrad_jax.stability import stability_violations
+from altgrad_jax.weights import STORAGES
 
 CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
     "data.name": ("auto", "eurlex", "eurlex-local", "eurlex57k", "lexglue", "embedded", "files"),
     "data.tokenizer": ("auto", "bpe", "bytes", "gpt2"),
-    "optimizer.name": ("adamw",),
+    "optimizer.name": tuple(OPTIONS),
+    "optimizer.placement": PLACEMENTS,
+    "optimizer.form": FORMS,
+    "optimizer.weights": STORAGES,
+    "optimizer.moments": MOMENTS,
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "precision.compute": ("bfloat16", "float32"),
     "precision.backend": BACKENDS,
@@ -31,7 +42,8 @@ AT_LEAST_ONE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_size"),
     *("train.steps", "train.batch_size", "train.grad_accumulation", "train.log_every", "train.eval_every"),
     *("train.eval_batches", "checkpoint.every", "checkpoint.max_to_keep"),
-    *("stability.nan_patience", "parallel.hosts"),
+    *("stability.nan_patience", "stability.fallback_patience", "parallel.hosts"),
+    *("diagnostics.tokens", "diagnostics.lanczos_steps"),
 )
 NOT_NEGATIVE = (
     *(
@@ -46,8 +58,10 @@ NOT_NEGATIVE = (
         "optimizer.decay_steps",
     ),
     *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices", "parallel.host"),
+    *("optimizer.max_stiffness", "optimizer.rung_clip", "optimizer.update_clip", "optimizer.max_scale"),
+    *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall"),
 )
-FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2")
+FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
 
 
 def load_config(file_and_variant: str) -> ConfigDict:
@@ -146,6 +160,12 @@ def _violations(config: ConfigDict) -> Iterator[str]:
     if config.optimizer.eps <= 0:
         yield f"config.optimizer.eps={config.optimizer.eps} must be above 0"
     yield from _precision_violations(config)
+    yield from optimizer_violations(config)
+    yield from stability_violations(config)
+    try:
+        parse_questions(config.diagnostics.questions)
+    except UsageError as e:
+        yield str(e)
     yield from _cross_field_violations(config)
 
 

@@ -55,6 +55,13 @@ class ConsoleSink:
     def log(self, record: dict[str, Any]) -> None:
         """Moves the bar, and prints a line for every evaluation (and, without a terminal, every ten seconds)."""
         step = record["step"]
+        if "event" in record:
+            about = ", ".join(str(record[key]) for key in ("event/layer", "event/change") if key in record)
+            self._line(
+                f"step {step:>6}/{self._total}  {record['event']}: {about}{' ' if about else ''}"
+                f"({record['event/reason']})"
+            )
+            return
         now = ""
         if "train/loss" in record:
             now = f"loss {record['train/loss']:.4f}  {record['train/tokens_per_second']:,.0f} tokens/s"
@@ -86,6 +93,11 @@ class ConsoleSink:
             return ""
         seconds = (time.monotonic() - self._started) / done * (self._total - step)
         return f"eta {int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+    def rewind(self, step: int) -> None:
+        """Moves the bar back."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
 
     def sync(self) -> None:
         """Nothing is held back."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
@@ -15,15 +16,19 @@ from ml_collections import ConfigDict
 from altgrad_jax.config import check_devices
 from altgrad_jax.data.batches import TrainBatches, evaluation_batches, validation_split
 from altgrad_jax.data.cache import TokenCache
-from altgrad_jax.diagnostics import quantisation, shadow
+from altgrad_jax.diagnose import make_diagnose_step, make_update_measure, measure_spectra, name_answers, name_update
+from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError
 from altgrad_jax.loss_scale import LossScale, parse_loss_scale
 from altgrad_jax.model import GPTConfig, attention_implementation, gpt_config, layer_shapes
 from altgrad_jax.optimizers import make_optimizer, make_schedule
-from altgrad_jax.parallel import DataParallel, RunDiagnose, RunEval, RunTrain
+from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS, needs_formats
+from altgrad_jax.parallel import DataParallel, RunDiagnose, RunEval, RunTrain, RunUpdateMeasure
 from altgrad_jax.precision.policy import Policy, resolve
+from altgrad_jax.stability import Record
 from altgrad_jax.state import TrainState, init_params, init_state, model_structure
-from altgrad_jax.step import make_diagnose_step, make_eval_step, make_train_step
+from altgrad_jax.step import Counting, make_eval_step, make_train_step
+from altgrad_jax.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Experiment:
       model: the network's shape.
       graphdef: its structure, for `nnx.merge`.
       policy: which layers are quantised, and how.
+      weights: what grids parameters live on, and how they are stored.
+      counting: what a step counts beside training.
       loss_scale: what gradients are multiplied by while they are rounded.
       optimizer: the gradient transformation.
       parallel: the devices.
@@ -44,7 +51,8 @@ class Experiment:
       eval_split: the split they are from.
       run_train: (state, sharded batch) -> (state, metrics).
       run_eval: (state, sharded batch) -> mean nats per token.
-      run_diagnose: (state, sharded batch, quant=, shadow=) -> values, see `make_diagnose_step`.
+      run_diagnose: (state, sharded batch, **questions) -> values, see `make_diagnose_step`.
+      run_update_measure: (before, parameters after) -> values, see `make_update_measure`.
     """
 
     config: ConfigDict
@@ -52,6 +60,8 @@ class Experiment:
     model: GPTConfig
     graphdef: Any
     policy: Policy
+    weights: Weights
+    counting: Counting
     loss_scale: LossScale
     optimizer: optax.GradientTransformation
     parallel: DataParallel
@@ -61,6 +71,7 @@ class Experiment:
     run_train: RunTrain
     run_eval: RunEval
     run_diagnose: RunDiagnose
+    run_update_measure: RunUpdateMeasure
 
     def fresh_state(self, params: Any = None) -> TrainState:
         """The state before the first step, on the devices; `params` (consumed) instead of newly drawn ones if given."""
@@ -72,10 +83,16 @@ class Experiment:
         """Shapes, dtypes and shardings of the state, without its arrays."""
         return self.parallel.abstract(jax.eval_shape(self._initial, None))
 
+    def abstract_params(self) -> Any:
+        """Shapes of the float32 parameters, however they are stored, for weights of other runs."""
+        return self.parallel.abstract(jax.eval_shape(lambda: init_params(self.model, self.config.seed)))
+
     def _initial(self, params: Any) -> TrainState:
         if params is None:
             params = init_params(self.model, self.config.seed)
-        return init_state(params, self.optimizer, self.policy.init(), self.loss_scale.init())
+        counters = self.counting.init(params)
+        stored = self.weights.stored(params)
+        return init_state(stored, self.optimizer, self.policy.init(), self.loss_scale.init(), counters)
 
     def shard(self, batch: npt.NDArray[np.int32]) -> jax.Array:
         """Puts a training batch of this host on its devices, cut into microbatches."""
@@ -85,23 +102,33 @@ class Experiment:
         """Mean loss over the validation windows, nats per token."""
         return float(np.mean(jax.device_get([self.run_eval(state, batch) for batch in self.eval_batches])))
 
-    def diagnoses(self, step: int) -> dict[str, bool]:
-        """Which questions are asked of the step about to be taken, the first being step 0."""
+    def questions_at(self, step: int) -> frozenset[str]:
+        """What is asked about the step about to be taken, the first being step 0."""
         every = self.config.diagnostics
-        return {
-            "quant": bool(every.quant_every and self.policy.plans) and step % every.quant_every == 0,
-            "shadow": bool(every.shadow_every) and step % every.shadow_every == 0,
-        }
+        intervals = {"quant": every.quant_every, "shadow": every.shadow_every} | parse_questions(every.questions)
+        if not self.policy.plans:
+            intervals |= {"quant": 0, "sensitivity": 0}  # no layer is rounded
+        return frozenset(name for name, steps in intervals.items() if steps and step % steps == 0)
 
-    def diagnose(self, state: TrainState, batch: jax.Array, questions: dict[str, bool]) -> dict[str, float | str]:
-        """The answers, named; waits for them."""
-        values = jax.device_get(self.run_diagnose(state, batch, **questions))
-        record: dict[str, float | str] = {}
-        if questions["quant"]:
-            record |= quantisation.name(self.policy, values["measures"], values["codes"])
-        if questions["shadow"]:
-            record |= shadow.name(state.params, values["shadow"])
-        return record
+    def diagnose(self, state: TrainState, batch: jax.Array, questions: frozenset[str]) -> Record:
+        """The answers about the step to be taken on this batch, named; waits for them."""
+        if not questions:
+            return {}
+        values: dict[str, Any] = {}
+        if of_step := sorted(questions - {"spectra"}):
+            values |= self.run_diagnose(state, batch, **dict.fromkeys(of_step, True))
+        if "spectra" in questions:
+            values |= _spectra(self.parallel.on_one_device(state.params))
+        return name_answers(self.policy, self.abstract_params(), jax.device_get(values))
+
+    def keep(self, state: TrainState) -> Any:
+        """A copy of what `measure_update` compares a later state with; a step consumes its own."""
+        return _copied(self.parallel.on_one_device((state.params, state.quant)))
+
+    def measure_update(self, before: Any, state: TrainState) -> Record:
+        """What the step between `keep` and this state did to the weights, named; waits for it."""
+        values = self.run_update_measure(before, self.parallel.on_one_device(state.params))
+        return name_update(self.abstract_params(), jax.device_get(values))
 
     def resolved(self) -> dict[str, str]:
         """Choices left to the program ("auto"), as they came out; stored with the run."""
@@ -113,6 +140,14 @@ class Experiment:
         }
 
 
+_spectra = jax.jit(measure_spectra)
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
 def make_policy(config: ConfigDict) -> Policy:
     """The precision rules applied to the model's layers, on this machine.
 
@@ -122,7 +157,8 @@ def make_policy(config: ConfigDict) -> Policy:
     precision = config.precision
     shapes = layer_shapes(gpt_config(config.model, precision.compute))
     try:
-        return resolve(precision.rules, shapes, backend=precision.backend, strict=precision.strict)
+        traced = config.stability.fallback
+        return resolve(precision.rules, shapes, backend=precision.backend, strict=precision.strict, traced=traced)
     except ValueError as e:
         raise UsageError(f"config.precision: {e}") from e
 
@@ -137,7 +173,11 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
     model = gpt_config(config.model, config.precision.compute)
     graphdef = model_structure(model)
     policy, loss_scale = make_policy(config), parse_loss_scale(config.train.loss_scale)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    weights = make_weights(config, policy)
+    optimizer = make_optimizer(
+        config.optimizer, config.train.steps, weights.formats, config.seed, config.stability.relative_clip
+    )
+    counting = Counting(config.stability.skip_nonfinite, "gradients" in parse_questions(config.diagnostics.questions))
     parallel = DataParallel(config.parallel.devices)
     batch_size, hosts = config.train.batch_size, jax.process_count()
     split = validation_split(cache)
@@ -151,6 +191,8 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
         model=model,
         graphdef=graphdef,
         policy=policy,
+        weights=weights,
+        counting=counting,
         loss_scale=loss_scale,
         optimizer=optimizer,
         parallel=parallel,
@@ -166,6 +208,8 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
                 seed=config.seed,
                 policy=policy,
                 loss_scale=loss_scale,
+                weights=weights,
+                counting=counting,
             )
         ),
         run_eval=parallel.eval_step(make_eval_step(graphdef, loss_chunk=chunk, policy=policy)),
@@ -177,7 +221,23 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
                 seed=config.seed,
                 policy=policy,
                 loss_scale=loss_scale,
+                weights=weights,
                 windows=config.diagnostics.windows,
+                tokens=config.diagnostics.tokens,
+                lanczos_steps=config.diagnostics.lanczos_steps,
             )
         ),
+        run_update_measure=jax.jit(make_update_measure(weights)),
+    )
+
+
+def make_weights(config: ConfigDict, policy: Policy) -> Weights:
+    """How this run's parameters are kept."""
+    optimizer = config.optimizer
+    return Weights(
+        policy,
+        tied=config.model.tie_embeddings,
+        storage=optimizer.weights,
+        on_grid=optimizer.name in KEEP_TO_GRIDS,
+        reads_grids=needs_formats(optimizer) or config.stability.relative_clip,
     )

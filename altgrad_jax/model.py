@@ -314,6 +314,17 @@ def layer_weights(params: Any) -> dict[str, Array]:
     return weights | {"wte": params["wte"], "wpe": params["wpe"]}
 
 
+def layer_of_parameter(name: str, tied: bool) -> str:
+    """The path of the layer whose weight a parameter is, as precision rules name it; "" for one that is none's.
+
+    A tied table is named as the output layer, for whose product it is rounded.
+    """
+    if name in ("wte", "wpe", "lm_head"):
+        return "lm_head" if name == "wte" and tied else name
+    path, _, last = name.rpartition(".")
+    return path if last == "kernel" else ""
+
+
 def layer_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
     """Path -> shape of every matrix in `layer_weights`."""
 

@@ -20,7 +20,8 @@ from altgrad_jax.step import AXIS
 
 Array = jax.Array
 RunTrain = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
-RunDiagnose = Callable[..., dict[str, Array]]
+RunDiagnose = Callable[..., dict[str, Any]]
+RunUpdateMeasure = Callable[[Any, Any], dict[str, Any]]
 RunEval = Callable[[TrainState, Array], Array]
 
 
@@ -109,6 +110,10 @@ class DataParallel:
             return self._settled(self._pmap(partial(step, **options), donate=False))
 
         return lambda state, batch, **options: program(**options)(state, batch)
+
+    def on_one_device(self, tree: Any) -> Any:
+        """Arrays that all devices hold, as the first one has them: what is computed of them is computed once."""
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
     def _pmap(self, step: Callable, donate: bool) -> Callable:
         return jax.pmap(

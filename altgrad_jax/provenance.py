@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from altgrad_jax import __version__
 from altgrad_jax.data.cache import TokenCache
+from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy", "ml-collections")
 ENVIRONMENT = (
@@ -53,6 +54,14 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
     facts: dict[str, Any] = {"seed": full["seed"], "data.sha256": cache.sha256}
     for section in ("model", "precision", "optimizer"):
         facts.update({f"{section}.{key}": value for key, value in full[section].items()})
+    for option in set(OWN_OPTIONS) - set(OPTIONS[config.optimizer.name]):
+        del facts[f"optimizer.{option}"]  # another optimizer's
+    interventions = {key: full["stability"][key] for key in ("skip_nonfinite", "relative_clip", "rewinds")}
+    if config.stability.fallback:
+        interventions |= {key: value for key, value in full["stability"].items() if key.startswith("fallback")}
+    facts |= {f"stability.{key}": value for key, value in interventions.items() if value}
+    if any(text.startswith("gradients:") for text in full["diagnostics"]["questions"]):
+        facts["diagnostics.questions"] = "gradients"  # whose counters are part of the state
     for rule in ("precision.strict", "precision.rules", "precision.backend"):
         del facts[rule]  # `Policy.identity` says what became of them
     for key in ("batch_size", "grad_accumulation", "loss_chunk", "loss_scale"):

@@ -10,11 +10,14 @@ from typing import Any
 import jax
 
 from altgrad_jax import provenance
-from altgrad_jax.diagnostics.quantisation import is_of_one_layer
+from altgrad_jax.diagnostics import attribution
+from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.model import parameter_counts
+from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
 from altgrad_jax.tracking import Record, json_value, read_metrics
+from altgrad_jax.weights import tree_bytes
 from altgrad_jax.workdir import Workdir
 
 
@@ -60,6 +63,7 @@ def write_manifest(
         "resolved": exp.resolved(),
         "layers": exp.policy.table(),
         "parameters": parameter_counts(exp.model),
+        "state_bytes": state_bytes(exp),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),
         "sessions": [*sessions, provenance.session(step) | {"origin": origin}],
     }
@@ -79,6 +83,7 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "work directory": str(workdir.path),
         "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
         f" {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings)",
+        "optimizer": _optimizer(exp),
         "compute": f"{config.precision.compute}, {_quantised(exp)},"
         f" attention {resolved['attention']}, {resolved['devices']}",
         "corpus": f"{cache.source.name}: {cache.source.description}",
@@ -89,6 +94,22 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "steps": f"{step} to {config.train.steps}, {config.train.batch_size} windows each, from {origin}",
         "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
     }
+
+
+def state_bytes(exp: Experiment) -> dict[str, int]:
+    """Bytes of what training carries from step to step on every device, by what it is for."""
+    state = exp.abstract_state()
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "scaling": (state.quant, state.loss_scale)}
+    return {name: tree_bytes(tree) for name, tree in (parts | {"counters": state.counters}).items()}
+
+
+def _optimizer(exp: Experiment) -> str:
+    """Its name and what it does, and what the state takes."""
+    optimizer = exp.config.optimizer
+    own = [f"{key} {optimizer[key]}" for key in OPTIONS[optimizer.name] if key in OWN_OPTIONS]
+    memory = state_bytes(exp)
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in memory.items() if size >= 1e5)
+    return f"{', '.join([optimizer.name, *own])}; state: {sizes}"
 
 
 def _quantised(exp: Experiment) -> str:
@@ -106,7 +127,8 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
     records = read_metrics(workdir.metrics)
     final: Record = {}
     for record in records:
-        final |= {key: value for key, value in record.items() if not is_of_one_layer(key)}
+        if "event" not in record:
+            final |= {key: value for key, value in record.items() if not is_of_one_layer(key)}
     workdir.write_json(
         "summary.json",
         {
@@ -114,6 +136,8 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
             "step": progress.step,
             "final": {key: json_value(value) for key, value in final.items()},
             "best_val_loss": json_value(_best(records)),
+            "events": [{key: json_value(v) for key, v in record.items()} for record in records if "event" in record],
+            "failures": attribution.as_json(attribution.first_failures(records)),
             "tokens_seen": progress.step * exp.config.train.batch_size * exp.model.block_size,
             "seconds": round(progress.seconds, 3),
             "compile_seconds": round(progress.compile_seconds, 3),

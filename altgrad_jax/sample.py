@@ -23,6 +23,7 @@ from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.model import UNQUANTISED, GPTConfig, KVCache, Quantised, gpt_config, layer_shapes, layer_weights
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, model_structure
+from altgrad_jax.weights import Weights, unpack
 from altgrad_jax.workdir import read_json
 
 Array = jax.Array
@@ -119,17 +120,22 @@ def load_run(workdir: str, step: int | None) -> LoadedRun:
     precision = config["precision"]
     model = gpt_config(config["model"], precision["compute"])
     rules = [tuple(rule) for rule in precision.get("rules", ())]
-    policy = resolve(rules, layer_shapes(model), backend=precision.get("backend", "auto")) if rules else Policy()
+    traced = config.get("stability", {}).get("fallback", False)
+    backend = precision.get("backend", "auto")
+    policy = resolve(rules, layer_shapes(model), backend=backend, traced=traced) if rules else Policy()
+    storage = config["optimizer"].get("weights", "float32")
+    weights = Weights(policy, config["model"]["tie_embeddings"], storage)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda: {"params": init_params(model, 0), "quant": policy.init()}),
+        jax.eval_shape(lambda: {"params": weights.stored(init_params(model, 0)), "quant": policy.init()}),
     )
     parts, found, _ = checkpoint.read_parts(workdir if step is None else f"{workdir}@{step}", like)
-    prepared, _ = policy.prepare(layer_weights(parts["params"]), parts.get("quant", {}))
+    params = unpack(parts["params"])
+    prepared, _ = policy.prepare(layer_weights(params), parts.get("quant", {}))
     probes = policy.probes(prepared)
     quantised = {path: (layer, probes.get(path)) for path, layer in prepared.items()}
-    return LoadedRun(model, parts["params"], quantised, open_cache(manifest["corpus"]["cache"]), found)
+    return LoadedRun(model, params, quantised, open_cache(manifest["corpus"]["cache"]), found)
 
 
 def main() -> int:

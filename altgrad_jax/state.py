@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from altgrad_jax.model import GPT, GPTConfig
+from altgrad_jax.weights import unpack
 
 Array = jax.Array
 
@@ -22,11 +23,12 @@ class TrainState:
 
     Attributes:
       step: scalar int32, optimizer steps done.
-      params: nested dict of float32 arrays, keyed as the model's attributes.
+      params: nested dict keyed as the model's attributes, of float32 arrays or of what `Weights` stores.
       opt_state: the optimizer's own state.
       nonfinite_steps: scalar int32, consecutive steps, up to this one, whose loss was NaN or Inf.
       quant: scaling state of the quantised layers (`Policy.init`); empty without any.
       loss_scale: state of a dynamic loss scale (`loss_scale.init`); empty where it is fixed.
+      counters: int32 counts of what a step does beside training (`step.Counting.init`); empty where nothing is counted.
     """
 
     step: Array
@@ -35,6 +37,7 @@ class TrainState:
     nonfinite_steps: Array
     quant: Any = field(default_factory=dict)
     loss_scale: Any = field(default_factory=dict)
+    counters: Any = field(default_factory=dict)
 
 
 def model_structure(config: GPTConfig) -> Any:
@@ -48,18 +51,23 @@ def init_params(config: GPTConfig, seed: int) -> Any:
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, quant: Any = None, loss_scale: Any = None
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    quant: Any = None,
+    loss_scale: Any = None,
+    counters: Any = None,
 ) -> TrainState:
-    """The state before the first step; `quant` and `loss_scale` as in TrainState, empty by default."""
+    """The state before the first step; `quant`, `loss_scale`, `counters` as in TrainState, empty by default."""
     # Two zeros, not one: a state is donated to the step, and one buffer cannot be donated twice.
     step, nonfinite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(
         step=step,
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(unpack(params)),
         nonfinite_steps=nonfinite_steps,
         quant=quant or {},
         loss_scale=loss_scale or {},
+        counters=counters or {},
     )
 
 

@@ -5,7 +5,7 @@ first T are read and the last T predicted. The axis name "data" spans all device
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +15,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from altgrad_jax.diagnostics import quantisation
-from altgrad_jax.diagnostics.shadow import compare
+from altgrad_jax.diagnostics.gradients import init_counts, quiet_steps
 from altgrad_jax.loss_scale import LossScale, all_finite
 from altgrad_jax.losses import token_cross_entropy
 from altgrad_jax.model import UNQUANTISED, Quantised, layer_weights
@@ -24,12 +23,39 @@ from altgrad_jax.precision.dot import Prepared, Probe
 from altgrad_jax.precision.policy import Policy
 from altgrad_jax.precision.statistics import over_parts
 from altgrad_jax.state import TrainState
+from altgrad_jax.weights import Weights, unpack
 
 Array = jax.Array
 AXIS = "data"
 ROUNDING_STREAM = 2**31 - 1  # folded into a step's key where devices fold in their index
 UNQUANTISED_POLICY = Policy()
 UNSCALED = LossScale()
+FLOAT32_WEIGHTS = Weights()
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What a step does and counts beside training; nothing by default.
+
+    Attributes:
+      skip_nonfinite: leave out updates of steps with a loss or gradient that is not finite.
+      quiet_units: count for how many steps each unit has had no gradient (`diagnostics.gradients.quiet_steps`).
+    """
+
+    skip_nonfinite: bool = False
+    quiet_units: bool = False
+
+    def init(self, params: Any) -> dict[str, Any]:
+        """The counters before the first step, int32: `skipped`, `skipped_in_a_row`, `quiet`; those that are kept."""
+        counters: dict[str, Any] = {}
+        if self.skip_nonfinite:
+            counters |= {"skipped": jnp.zeros((), jnp.int32), "skipped_in_a_row": jnp.zeros((), jnp.int32)}
+        if self.quiet_units:
+            counters["quiet"] = init_counts(params)
+        return counters
+
+
+NO_COUNTING = Counting()
 
 
 def window_loss(
@@ -65,26 +91,29 @@ def make_train_step(
     seed: int,
     policy: Policy = UNQUANTISED_POLICY,
     loss_scale: LossScale = UNSCALED,
+    weights: Weights = FLOAT32_WEIGHTS,
+    counting: Counting = NO_COUNTING,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds train_step(state, tokens_ABT1) -> (state, metrics), to be run under an axis named "data".
 
     Gradients are averaged over microbatches, then over devices; metrics are float32 scalars of the whole batch:
     `train/loss` (nats per token), `train/grad_norm` (before clipping), `train/learning_rate`, and the int32
-    `train/nonfinite_steps` of the state; with a dynamic loss scale also `train/loss_scale` and `train/skipped`, 1 for
-    a step that was left out because a gradient was not finite.
+    `train/nonfinite_steps` of the state; with a dynamic loss scale also `train/loss_scale`, and with that or
+    `counting.skip_nonfinite` `train/skipped`, 1 for a step that was left out because something was not finite, and
+    with the latter the counters `train/skipped_steps` and `train/skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, tokens_ABT1: Array) -> tuple[TrainState, dict[str, Array]]:
         keys = step_keys(seed, state.step)
-        factor = loss_scale.factor(state.loss_scale)
-        prepared, weight_stats = policy.prepare(
-            layer_weights(state.params), state.quant, key=keys.rounding, axis_name=AXIS
-        )
+        params, factor = unpack(state.params), loss_scale.factor(state.loss_scale)
+        prepared, weight_stats = policy.prepare(layer_weights(params), state.quant, key=keys.rounding, axis_name=AXIS)
         loss, grads, probes = gradients(
-            graphdef, state.params, tokens_ABT1, loss_chunk, keys.dropout, prepared, policy.probes(prepared), factor
+            graphdef, params, tokens_ABT1, loss_chunk, keys.dropout, prepared, policy.probes(prepared), factor
         )
         loss, grads = lax.pmean((loss, grads), AXIS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        grids = weights.grids(params, state.quant)
+        given = {} if grids is None else {"grids": grids}
+        updates, opt_state = optimizer.update(grads, state.opt_state, params, **given)
         nonfinite = jnp.where(jnp.isfinite(loss), 0, state.nonfinite_steps + 1)
         metrics = {
             "train/loss": loss,
@@ -95,18 +124,30 @@ def make_train_step(
         new = replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=weights.pack(weights.apply(params, updates, grids), params, state.quant),
             opt_state=opt_state,
             nonfinite_steps=nonfinite,
             quant=policy.update(state.quant, policy.gather(weight_stats, probes, AXIS)),
         )
-        if loss_scale.fixed is None:
-            finite = all_finite(grads)
-            metrics |= {"train/loss_scale": factor, "train/skipped": jnp.where(finite, 0.0, 1.0)}
+        if counting.quiet_units:
+            new = replace(new, counters=new.counters | {"quiet": quiet_steps(state.counters["quiet"], grads)})
+        if loss_scale.fixed is None or counting.skip_nonfinite:
+            finite = all_finite(grads) & (jnp.isfinite(loss) if counting.skip_nonfinite else True)
+            metrics["train/skipped"] = jnp.where(finite, 0.0, 1.0)
             before, after = (state.params, state.opt_state), (new.params, new.opt_state)
-            params, opt_state = jax.tree.map(partial(jnp.where, finite), after, before)
-            scale = loss_scale.next(state.loss_scale, finite)
-            new = replace(new, params=params, opt_state=opt_state, loss_scale=scale)
+            kept_params, opt_state = jax.tree.map(partial(jnp.where, finite), after, before)
+            new = replace(new, params=kept_params, opt_state=opt_state)
+        if loss_scale.fixed is None:
+            metrics["train/loss_scale"] = factor
+            new = replace(new, loss_scale=loss_scale.next(state.loss_scale, finite))
+        if counting.skip_nonfinite:
+            skipped = {
+                "skipped": jnp.where(finite, 0, 1) + state.counters["skipped"],
+                "skipped_in_a_row": jnp.where(finite, 0, 1 + state.counters["skipped_in_a_row"]),
+            }
+            metrics["train/skipped_steps"] = skipped["skipped"]
+            metrics["train/skipped_in_a_row"] = skipped["skipped_in_a_row"]
+            new = replace(new, counters=new.counters | skipped)
         return new, metrics
 
     return train_step
@@ -183,54 +224,10 @@ def make_eval_step(
     """
 
     def eval_step(state: TrainState, tokens_BT1: Array) -> Array:
-        prepared, _ = policy.prepare(layer_weights(state.params), state.quant, axis_name=AXIS)
+        params = unpack(state.params)
+        prepared, _ = policy.prepare(layer_weights(params), state.quant, axis_name=AXIS)
         probes = policy.probes(prepared)
         quantised = {path: (layer, probes.get(path)) for path, layer in prepared.items()}
-        return lax.pmean(window_loss(graphdef, state.params, tokens_BT1, loss_chunk, None, quantised), AXIS)
+        return lax.pmean(window_loss(graphdef, params, tokens_BT1, loss_chunk, None, quantised), AXIS)
 
     return eval_step
-
-
-def make_diagnose_step(
-    graphdef: Any,
-    shadow_graphdef: Any,
-    *,
-    loss_chunk: int,
-    seed: int,
-    policy: Policy,
-    loss_scale: LossScale,
-    windows: int = 0,
-) -> Callable[..., dict[str, Array]]:
-    """Builds diagnose(state, tokens_ABT1, quant, shadow) -> values, for the step about to be taken on this batch.
-
-    A program of its own beside the training step, so that measuring a step cannot change it. It repeats the forward
-    and backward pass with the same operands and the same random draws, and counts; with `shadow` (static) it also takes
-    the gradient of the model in float32, `shadow_graphdef`, with the same dropout.
-
-    With `windows` the device's first so many windows stand for its batch; 0: all of them.
-
-    The result has `measures` and `codes` (`diagnostics.quantisation.measure`) if `quant`, and `shadow`
-    (`diagnostics.shadow.compare`).
-    """
-
-    def diagnose(state: TrainState, tokens_ABT1: Array, *, quant: bool, shadow: bool) -> dict[str, Array]:
-        keys = step_keys(seed, state.step)
-        prepared, weight_stats = policy.prepare(
-            layer_weights(state.params), state.quant, key=keys.rounding, axis_name=AXIS, collect=quant
-        )
-        probes, factor = policy.probes(prepared), loss_scale.factor(state.loss_scale)
-        measured_ABT1 = tokens_ABT1[:1, :windows] if windows else tokens_ABT1
-        arguments = state.params, measured_ABT1, loss_chunk, keys.dropout
-        held = tokens_ABT1.shape[0] * tokens_ABT1.shape[1]
-        _, grads, seen = gradients(graphdef, *arguments, prepared, probes, factor, held)
-        values = {}
-        if quant:
-            stats = policy.gather(weight_stats, seen, AXIS)
-            values["measures"], values["codes"] = quantisation.measure(policy, stats, policy.update(state.quant, stats))
-        if shadow:
-            with jax.default_matmul_precision("highest"):
-                _, reference, _ = gradients(shadow_graphdef, *arguments, {}, {}, 1.0)
-            values["shadow"] = compare(lax.pmean(grads, AXIS), lax.pmean(reference, AXIS))
-        return values
-
-    return diagnose

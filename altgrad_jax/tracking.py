@@ -28,6 +28,10 @@ class Sink(Protocol):
         """Makes what was logged safe; called before a checkpoint that it belongs to."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to this step; what was logged of later ones did not happen."""
+        ...
+
     def close(self, status: str) -> None:
         """The run ended, as `finished`, `interrupted`, `diverged` or `failed`."""
         ...
@@ -72,7 +76,18 @@ class MetricsFile:
           UserError: the file is damaged or cannot be written.
         """
         self._path = path
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step and resume_step > 0]
+        # A rewind comes after the checkpoint that it goes back to, and is done again by a run resumed from there.
+        kept = [r for r in read_metrics(path) if r["step"] < resume_step + (r.get("event") != "rewind")]
+        self._rewrite(kept if resume_step > 0 else [])
+
+    def rewind(self, step: int) -> None:
+        """Cuts off what lies past a step."""
+        self._file.close()
+        self._rewrite([record for record in read_metrics(self._path) if record["step"] <= step])
+
+    def _rewrite(self, kept: list[Record]) -> None:
+        """Puts a file with these records in the place of the old one, and opens it for more."""
+        path = self._path
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with open(temporary, "w") as file:
@@ -184,7 +199,7 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
         # Offline, W&B knows nothing of earlier sessions: each would begin at its step 0, and when they are synced the
         # last would replace the others (wandb/wandb#5865, #11144). So each session holds the whole run.
-        self._offline = settings.wandb == "offline"
+        self._offline, self._counter = settings.wandb == "offline", 0
         if self._offline:
             for record in earlier:
                 self.log(record)
@@ -192,7 +207,12 @@ class Wandb:
     def log(self, record: Record) -> None:
         """Queues a record; W&B plots numbers, so texts stay in metrics.jsonl."""
         numbers = {key: value for key, value in record.items() if not isinstance(value, str)}
-        self._run.log(numbers, step=record["step"] if self._offline else None)
+        # W&B's own counter must not go back: after a rewind, and for a second record of one step, it counts on.
+        self._counter = max(self._counter, record["step"])
+        self._run.log(numbers, step=self._counter if self._offline else None)
+
+    def rewind(self, step: int) -> None:
+        """W&B keeps what it was sent; the steps repeated follow it, by their own numbers."""
 
     def sync(self) -> None:
         """W&B writes by itself, and metrics.jsonl is the truth."""

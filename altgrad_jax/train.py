@@ -8,10 +8,9 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,11 +21,14 @@ from altgrad_jax import checkpoint, experiment, provenance
 from altgrad_jax.config import check_devices
 from altgrad_jax.console import ConsoleSink, make_console, print_header
 from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.diagnostics import attribution
+from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
-from altgrad_jax.stability import DivergenceWatch, healthy
+from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
 from altgrad_jax.workdir import Workdir
@@ -43,12 +45,14 @@ class Start:
       step: optimizer steps done.
       seconds: wall time of earlier sessions.
       origin: where the state came from, for people.
+      skipped_batches: how many batches more than steps lie behind it, passed over by rewinds.
     """
 
     state: TrainState
     step: int
     seconds: float
     origin: str
+    skipped_batches: int = 0
 
 
 def train(config: ConfigDict, workdir_path: str) -> int:
@@ -83,7 +87,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         for line in exp.policy.lines() if exp.policy.plans else ():
             console.print(f"  {line}", highlight=False, soft_wrap=True)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
-        loop = Loop(exp, checkpoints, sinks, start, run_identity)
+        loop = Loop(exp, checkpoints, sinks, start, run_identity, read_metrics(workdir.metrics))
         try:
             with GracefulStop() as stop:
                 status = loop.run(stop)
@@ -108,13 +112,18 @@ class Loop:
         sinks: list[Sink],
         start: Start,
         run_identity: dict[str, Any],
+        earlier: Sequence[Record] = (),
     ):
         self.exp, self.state, self.step = exp, start.state, start.step
         self.compile_seconds = 0.0
+        self._skipped_batches = start.skipped_batches
+        self._rewinds_left = exp.config.stability.rewinds - len(rewinds(earlier, start.step))
+        self._answered = [record for record in earlier if is_answered(record)]
         self._checkpoints, self._sinks = checkpoints, sinks
         self._identity = run_identity
         self._began, self._earlier_seconds = time.monotonic(), start.seconds
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
+        self._fallback = make_fallback(exp.config.stability)
         self._floor = exp.cache.entropy_floor(exp.eval_split)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
 
@@ -125,14 +134,21 @@ class Loop:
 
     def run(self, stop: GracefulStop) -> str:
         """Steps until the end, an interrupt or divergence; returns "finished", "interrupted" or "diverged"."""
+        status = self._run(stop)
+        while status == "diverged" and self._rewinds_left > 0:
+            self._rewind()
+            status = self._run(stop)
+        return status
+
+    def _run(self, stop: GracefulStop) -> str:
         config, exp = self.exp.config, self.exp
-        if self.step == 0:
+        if self.step == 0 and not self._skipped_batches:
             self._emit({"step": 0, **self._evaluate()})
-        batches = exp.batches.from_step(self.step)
+        batches = exp.batches.from_step(self.step + self._skipped_batches)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
             batch = exp.shard(next(batches))
-            answers = self._diagnose(batch)
+            answers, before = self._ask(batch)
             began = time.monotonic()
             self.state, metrics = exp.run_train(self.state, batch)
             if self.compile_seconds == 0.0:
@@ -142,13 +158,17 @@ class Loop:
             if previous is not None and self._log(self._fetch(*previous)):
                 return "diverged"
             self.step += 1
+            if before is not None:
+                with self._meter.paused():
+                    answers |= exp.measure_update(before, self.state)
             previous = (self.step, metrics, answers)
 
             last = self.step == config.train.steps
             evaluates = last or self.step % config.train.eval_every == 0
             stops = any_host_stops(self.step, stop.requested)
             saves = last or self.step % config.checkpoint.every == 0 or stops
-            if not (evaluates or saves):
+            # What gives way does so right after its step, so that no later step depends on when metrics were fetched.
+            if not (evaluates or saves or self._fallback):
                 continue
             record = self._fetch(*previous)
             previous = None
@@ -157,6 +177,8 @@ class Loop:
                     record |= self._evaluate()
                 if self._log(record):
                     return "diverged"
+                if self._fallback:
+                    self._fall_back(record, batch)
                 # Asked again, since an evaluation takes long enough to be interrupted.
                 stops = stops or (evaluates and any_host_stops(self.step, stop.requested))
                 if saves or stops:
@@ -165,14 +187,46 @@ class Loop:
                 return "interrupted"
         return "finished"
 
-    def _diagnose(self, batch: jax.Array) -> Record:
-        """What is asked of the step about to be taken on this batch; mostly nothing."""
-        questions = self.exp.diagnoses(self.step)
-        if not any(questions.values()):
-            return {}
+    def _ask(self, batch: jax.Array) -> tuple[Record, Any]:
+        """Answers about the step to be taken on this batch; what to keep of the state, to ask what the step did."""
+        questions = self.exp.questions_at(self.step)
+        if not questions:
+            return {}, None
         jax.block_until_ready(self.state)  # the step in flight belongs to training, not to the pause
         with self._meter.paused():
-            return self.exp.diagnose(self.state, batch, questions)
+            before = self.exp.keep(self.state) if "weights" in questions else None
+            return self.exp.diagnose(self.state, batch, questions - {"weights"}), before
+
+    def _fall_back(self, record: Record, batch: jax.Array) -> None:
+        """Gives layers that have failed in this step another format."""
+        assert self._fallback is not None
+        policy = self.exp.policy
+        blamed = self._fallback.stalled(record, policy)
+        if self._fallback.due_by_skips(record):
+            answers = self.exp.diagnose(self.state, batch, frozenset({"quant"}))
+            blamed |= self._fallback.spoilt(answers, policy)
+        if blamed:
+            quant, events = self._fallback.apply(self.state.quant, policy, blamed, self.step)
+            self.state = replace(self.state, quant=quant)
+            for done in events:
+                self._emit(done)
+
+    def _rewind(self) -> None:
+        """Goes back to the last regular checkpoint, or the start, and on with the batches after those that failed."""
+        failed = self.step
+        # Those of an interrupt are not gone back to: where a run continues must not depend on where it was stopped.
+        every = self.exp.config.checkpoint.every
+        self._checkpoints.discard(lambda step: step % every == 0)
+        start = _start(self.exp, self._checkpoints, self._identity)
+        self.state, self.step = start.state, start.step
+        self._skipped_batches += failed - start.step
+        self._rewinds_left -= 1
+        self._meter.restart(self.step)
+        self._answered = [record for record in self._answered if record["step"] <= self.step]
+        for sink in self._sinks:
+            sink.rewind(self.step)
+        reason = f"diverged at step {failed}; batches of {failed - start.step} steps passed over"
+        self._emit(event(self.step, "rewind", reason, failed_step=failed, skipped_batches=self._skipped_batches))
 
     def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> Record:
         """A step's metrics on the host, waiting for the step to end: the only copy from the devices in most steps."""
@@ -192,11 +246,22 @@ class Loop:
         train = self.exp.config.train
         diverged = self._watch.diverged(record)
         due = record["step"] % train.log_every == 0 or record["step"] == train.steps
-        if due or diverged or not record.keys().isdisjoint(("val/loss", "grads/cosine", "quant/weight/amax")):
+        if due or diverged or "val/loss" in record or is_answered(record):
             self._emit(record)
+        if is_answered(record):
+            self._warn(record)
+        if self.exp.config.stability.skip_nonfinite and record["train/skipped"]:
+            self._emit(event(record["step"], "skip", "a loss or gradient that is not finite"))
         if diverged:
             self.step = record["step"]
         return diverged
+
+    def _warn(self, record: Record) -> None:
+        """Says which thresholds of failure this record is the first to cross."""
+        before = len(attribution.first_failures(self._answered))
+        self._answered.append(record)
+        if new := attribution.first_failures(self._answered)[before:]:
+            self._emit(event(record["step"], "warning", attribution.describe(new)))
 
     def _emit(self, record: Record) -> None:
         for sink in self._sinks:
@@ -209,42 +274,10 @@ class Loop:
             return
         for sink in self._sinks:
             sink.sync()
-        iterator = {"next_step": self.step, "epoch": self.exp.batches.epoch_of(self.step)}
+        batch = self.step + self._skipped_batches
+        iterator = {"next_step": batch, "epoch": self.exp.batches.epoch_of(batch)}
         manifest = {"identity": self._identity, "seconds": self.seconds}
         self._checkpoints.save(self.step, self.exp.parallel.to_global(self.state), iterator, manifest)
-
-
-class Meter:
-    """Training speed over the last steps, with evaluation and saving left out.
-
-    A step's metrics come one step late, but at once where the loop stops to evaluate or to save: the time from one
-    record to the next says little, that of `WINDOW` steps is right.
-    """
-
-    WINDOW = 10
-
-    def __init__(self, tokens_per_step: int, step: int):
-        self._tokens_per_step, self._paused = tokens_per_step, 0.0
-        self._marks: deque[tuple[int, float]] = deque(maxlen=self.WINDOW + 1)
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Forgets what was before; called when the first step has been compiled."""
-        self._marks.clear()
-        self._marks.append((step, time.monotonic() - self._paused))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        began = time.monotonic()
-        yield
-        self._paused += time.monotonic() - began
-
-    def rate(self, step: int) -> float:
-        """Tokens per second now that a step has ended."""
-        self._marks.append((step, time.monotonic() - self._paused))
-        (first, since), (_, now) = self._marks[0], self._marks[-1]
-        return self._tokens_per_step * (step - first) / max(now - since, 1e-9)
 
 
 def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:
@@ -278,13 +311,14 @@ def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_
     restored = checkpoints.restore_latest(parallel.to_global_abstract(exp.abstract_state()), run_identity)
     if restored is not None:
         state, manifest = parallel.to_local(restored.state), restored.manifest
-        if restored.iterator["next_step"] != restored.step:
+        skipped = restored.iterator["next_step"] - restored.step
+        if skipped < 0:
             raise UserError(f"checkpoint {restored.step} continues at batch {restored.iterator['next_step']}")
-        return Start(state, restored.step, manifest["seconds"], f"the checkpoint of step {restored.step}")
+        return Start(state, restored.step, manifest["seconds"], f"the checkpoint of step {restored.step}", skipped)
     source = exp.config.checkpoint.restore_from
     if not source:
         return Start(exp.fresh_state(), 0, 0.0, f"new weights from seed {exp.config.seed}")
-    params, step, where = checkpoint.read_params(source, exp.abstract_state().params)
+    params, step, where = checkpoint.read_params(source, exp.abstract_params())
     return Start(exp.fresh_state(params), 0, 0.0, f"the weights of step {step} in {where.parent}")
 
 
@@ -300,6 +334,8 @@ def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
 def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> None:
     """The last line."""
     minutes, seconds = divmod(int(loop.seconds), 60)
+    for line in attribution.table(attribution.first_failures(read_metrics(workdir.metrics))):
+        console.print(line, highlight=False, soft_wrap=True)
     saved = checkpoint.committed_steps(workdir.checkpoints)
     console.print(
         f"{status} at step {loop.step} after {minutes}:{seconds:02d};"

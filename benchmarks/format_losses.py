@@ -9,65 +9,36 @@ standard deviation over seeds; its gap is the mean of the differences to BF16 of
 interval from Student's t.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 from common import write_results
+from conditions import Condition, folder_of, gap, parse_arguments, run_all
 
 from altgrad_jax.tracking import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 FAMILY = ("e0m7", "e1m6", "e2m5", "e3m4:inf=0,nan=0", "e4m3:inf=0,nan=0", "e5m2:inf=0,nan=0", "e6m1", "e7m0")
-# name -> (config file and variant, further options)
-CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "bf16": ("configs/bf16.py:quick", ()),
-    "hybrid": ("configs/hybrid.py:quick", ()),
-    "e4m3": ("configs/format.py:e4m3,quick", ()),
-    "e5m2": ("configs/e5m2.py:quick", ()),
-    "e5m2_cast, dynamic loss scale": ("configs/e5m2_cast.py:quick", ()),
-    "e5m2_cast, no loss scale": ("configs/e5m2_cast.py:quick", ("--config.train.loss_scale=1",)),
-    **{name: (f"configs/format.py:{name},quick", ()) for name in FAMILY},
-    "mxfp8": ("configs/mxfp8.py:quick", ()),
-    "mixed": ("configs/mixed.py:quick", ()),
+CONDITIONS = {
+    "bf16": Condition("configs/bf16.py:quick"),
+    "hybrid": Condition("configs/hybrid.py:quick"),
+    "e4m3": Condition("configs/format.py:e4m3,quick"),
+    "e5m2": Condition("configs/e5m2.py:quick"),
+    "e5m2_cast, dynamic loss scale": Condition("configs/e5m2_cast.py:quick"),
+    "e5m2_cast, no loss scale": Condition("configs/e5m2_cast.py:quick", ("--config.train.loss_scale=1",)),
+    **{name: Condition(f"configs/format.py:{name},quick") for name in FAMILY},
+    "mxfp8": Condition("configs/mxfp8.py:quick"),
+    "mxfp8 margin=1": Condition("configs/format.py:mxfp8 margin=1,quick"),
+    "mixed": Condition("configs/mixed.py:quick"),
 }
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 RATES = ("underflow", "overflow")
 ROLES = ("activation", "weight", "gradient")
 
 
 def main() -> None:
     """Runs what is missing, then reads all runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs' folders")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its own share of the cores")
-    parser.add_argument("--out", type=Path, help="name of the results, without suffix")
-    arguments, passed_on = parser.parse_known_args()
-    if wrong := [option for option in passed_on if not option.startswith("--config.")]:
-        parser.error(f"unknown option {wrong[0]}")
-    runs = [(name, seed) for seed in arguments.seeds for name in arguments.conditions]
-    places: Queue[int] = Queue()
-    for place in range(arguments.jobs):
-        places.put(place)
-
-    def run(condition: tuple[str, int]) -> None:
-        place = places.get()
-        try:
-            train(arguments.workdir, *condition, passed_on, place, arguments.jobs)
-        finally:
-            places.put(place)
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(run, runs))
+    arguments, passed_on = parse_arguments(__doc__, CONDITIONS)
+    run_all(arguments, CONDITIONS, passed_on)
     results = {name: collect(arguments.workdir, name, arguments.seeds) for name in arguments.conditions}
     if "bf16" in results:
         for row in results.values():
@@ -76,34 +47,6 @@ def main() -> None:
     print(markdown(results))
     if arguments.out:
         plot(results, Path(f"{arguments.out}.png"))
-
-
-def folder_of(workdir: Path, name: str, seed: int) -> Path:
-    """A run's folder."""
-    plain = "".join(c if c.isalnum() else "-" for c in name)
-    return workdir / f"{plain}-seed{seed}"
-
-
-def train(workdir: Path, name: str, seed: int, passed_on: list[str], place: int, places: int) -> None:
-    """One run of the main job; a diverged run is a result too."""
-    config, options = CONDITIONS[name]
-    folder = folder_of(workdir, name, seed)
-    summary = folder / "summary.json"
-    if summary.exists() and json.loads(summary.read_text())["status"] in ("finished", "diverged"):
-        return
-    command = [sys.executable, "-m", "altgrad_jax.main", f"--config={config}", f"--workdir={folder}"]
-    command += [f"--config.seed={seed}", "--config.tracking.wandb=disabled", "--config.checkpoint.every=1000"]
-    cores = sorted(os.sched_getaffinity(0))[place::places]
-    done = subprocess.run(
-        [*command, *options, *passed_on],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    if not summary.exists():
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    print(name, seed, json.loads(summary.read_text())["final"].get("val/loss"), file=sys.stderr, flush=True)
 
 
 def collect(workdir: Path, name: str, seeds: list[int]) -> dict:
@@ -151,17 +94,6 @@ def worst_layers(records: list[dict]) -> dict[str, tuple[str, float]]:
         layer = min(cosines, key=lambda name: cosines[name])
         found["cosine"] = (layer, cosines[layer])
     return found
-
-
-def gap(losses: list[float], base: list[float]) -> dict:
-    """Mean difference over seeds with its 95 % interval."""
-    if any(not isinstance(loss, float) for loss in losses):
-        return {"mean": None, "half_width": None}
-    differences = [a - b for a, b in zip(losses, base, strict=True)]
-    mean, count = statistics.mean(differences), len(differences)
-    if count < 2:
-        return {"mean": mean, "half_width": None}
-    return {"mean": mean, "half_width": STUDENT_T[count - 1] * statistics.stdev(differences) / count**0.5}
 
 
 def markdown(results: dict) -> str:

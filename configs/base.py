@@ -43,8 +43,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loss_chunk = 0  # tokens whose logits exist at once, per device; 0: 256 on a CPU, else 4096
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 6e-4
+    config.optimizer.name = "adamw"  # adamw | manifold_adamw | grid | madam | adamw_sr; docs/optimizers.md
+    config.optimizer.learning_rate = 6e-4  # in the optimizer's own unit: see docs/optimizers.md
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"  # cosine | linear | constant
     config.optimizer.decay_steps = 0  # where the schedule reaches its floor; 0: train.steps
@@ -54,6 +54,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.1
     config.optimizer.grad_clip = 1.0  # global norm; 0: off
+    config.optimizer.placement = "after"  # manifold_adamw: stiffness before | after Adam's moments, or off
+    config.optimizer.form = "relative"  # manifold_adamw, after: relative | ulps
+    config.optimizer.max_stiffness = 1e6  # manifold_adamw, before
+    config.optimizer.momentum = 0.9  # grid
+    config.optimizer.rung_clip = 10.0  # grid: most rungs a weight moves in a step
+    config.optimizer.update_clip = 10.0  # madam: bound on the normalised gradient
+    config.optimizer.max_scale = 3.0  # madam: bound on the weights, in units of their initial root mean square
+    config.optimizer.other_learning_rate = 6e-4  # grid, madam, manifold_adamw in ulps: AdamW's, of all other parameters
+    config.optimizer.weights = "float32"  # how parameters are stored: float32 | bfloat16 | format (adamw_sr, grid)
+    config.optimizer.moments = "float32"  # adamw_sr: float32 | 8bit
 
     config.precision = ConfigDict()
     config.precision.compute = "bfloat16"  # bfloat16 | float32: activations; operands of layers that no rule quantises
@@ -64,7 +74,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.diagnostics = ConfigDict()
     config.diagnostics.quant_every = 100  # steps between counts of overflow, underflow and codes used; 0: never
     config.diagnostics.shadow_every = 100  # steps between comparisons with the float32 gradient; 0: never
+    # More questions, as "name:steps between": gradients, weights, spectra, curvature, sensitivity; docs/diagnostics.md
+    config.diagnostics.questions = ("gradients:100", "weights:100", "spectra:100")
     config.diagnostics.windows = 0  # windows of each device's batch that are measured; 0: all
+    config.diagnostics.tokens = 64  # tokens of a window, one a device, that curvature and sensitivity look at
+    config.diagnostics.lanczos_steps = 8  # of curvature
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100
@@ -73,6 +87,14 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.stability = ConfigDict()
     config.stability.nan_patience = 10  # consecutive steps of NaN or Inf loss before the run stops as diverged
+    config.stability.skip_nonfinite = False  # leave out updates of steps with a loss or gradient that is not finite
+    config.stability.relative_clip = False  # optimizer.grad_clip relative to the range of each layer's format
+    config.stability.rewinds = 0  # how often a diverged run goes back to its last checkpoint and on with later data
+    # A layer that has failed goes on in the next of these formats with more mantissa bits; see docs/stability.md.
+    config.stability.fallback = False
+    config.stability.fallback_formats = ("e7m0", "e6m1", "e5m2", "e4m3", "e3m4", "e2m5", "e1m6", "e0m7")
+    config.stability.fallback_patience = 3  # consecutive steps left out (skip_nonfinite) before it does
+    config.stability.fallback_stall = 0.0  # stall ratio (question "weights") above which it does; 0: never
 
     config.tracking = ConfigDict()
     config.tracking.wandb = "offline"  # offline | online | disabled

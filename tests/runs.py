@@ -29,6 +29,7 @@ from tests.forks import ROOT, Ended, run_module
 
 TINY: dict[str, Any] = {
     "diagnostics.shadow_every": 0,
+    "diagnostics.questions": (),
     "model.n_layer": 1,
     "model.n_embd": 32,
     "model.n_head": 2,
@@ -94,7 +95,7 @@ class Lab:
 
     def arguments(self, workdir: Path, changes: Mapping[str, Any] = {}) -> list[str]:
         """The main job's command line, after its name."""
-        flags = [f"--config.{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in self.changes(changes).items()]
+        flags = [f"--config.{k}={v}" for k, v in self.changes(changes).items()]
         return ["--config=configs/bf16.py", f"--workdir={workdir}", *flags]
 
     def config(self, **changes: Any) -> ConfigDict:

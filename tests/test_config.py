@@ -12,6 +12,7 @@ from altgrad_jax.config import CHOICES, check_devices, check_keys, load_config, 
 from altgrad_jax.errors import UsageError
 from tests.runs import ROOT
 
+ARGUMENTS = {"format": "e3m4", "optimizer": "relative,e3m4"}
 BF16 = str(ROOT / "configs" / "bf16.py")
 
 
@@ -52,7 +53,7 @@ def test_the_defaults_are_the_published_baseline():
 @pytest.mark.parametrize("variant", ["", "quick"])
 def test_every_config_file_is_valid_and_locked(variant):
     for path in (ROOT / "configs").glob("*.py"):
-        argument = ",".join(part for part in ("e3m4" if path.stem == "format" else "", variant) if part)
+        argument = ",".join(part for part in (ARGUMENTS.get(path.stem, ""), variant) if part)
         config = load_config(f"{path}:{argument}" if argument else str(path))
         validate(config)
         assert config.is_locked
@@ -129,6 +130,8 @@ from ml_collections import ConfigDict
 from altgrad_jax import main
 from altgrad_jax.config import load_config
 from altgrad_jax.model import GPTConfig
+from altgrad_jax.optimizers.factory import OPTIONS, make_optimizer
+from altgrad_jax.stability import make_fallback
 
 file, workdir, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 config = load_config(file)
@@ -162,6 +165,10 @@ GPTConfig.__getattribute__ = noted_shape
 main.validate = lambda config: None
 main.CONFIG, main.WORKDIR = SimpleNamespace(value=config), SimpleNamespace(value=workdir)
 assert main.main() == 0
+for config.optimizer.name in OPTIONS:  # each reads settings of its own
+    make_optimizer(config.optimizer, 10)
+config.stability.fallback = True
+make_fallback(config.stability)
 print(json.dumps(sorted(leaves - read)))
 """
 

@@ -17,13 +17,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "allocator", "interrupt"),
+    ("__init__", "errors", "allocator", "interrupt", "meter"),
     ("precision",),
-    ("model", "losses", "optimizers", "loss_scale"),
+    ("model", "losses", "optimizers", "loss_scale", "stability"),
+    ("weights",),
     ("state",),
     ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
-    ("parallel", "checkpoint", "stability", "provenance", "cli"),
+    ("diagnose", "parallel", "checkpoint", "provenance", "cli"),
     ("experiment", "formats"),
     ("run_record",),
     ("train", "sample", "data.__main__"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from altgrad_jax import loss_scale
+from altgrad_jax.diagnose import make_diagnose_step
 from altgrad_jax.diagnostics import quantisation
 from altgrad_jax.errors import UsageError
 from altgrad_jax.loss_scale import LossScale, all_finite, parse_loss_scale
@@ -17,7 +18,7 @@ from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.stability import healthy
 from altgrad_jax.state import TrainState, init_params, init_state, model_structure, tree_sha256
-from altgrad_jax.step import make_diagnose_step, make_train_step
+from altgrad_jax.step import make_train_step
 from altgrad_jax.tracking import read_metrics
 from configs.base import get_config
 from tests.runs import bits, checkpoint_steps, summary
@@ -200,7 +201,7 @@ def measured():
 
     def run(factor: float) -> dict[str, float]:
         values = jax.device_get(diagnose(with_scale(fresh_state(scale), factor), tokens))
-        return quantisation.name(CAST, values["measures"], values["codes"])
+        return quantisation.name(CAST, *values["quant"])
 
     return run
 

@@ -23,6 +23,8 @@ from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.data.corpus import EURLEX_CONFIGS, find_source, open_corpus
 from altgrad_jax.data.documents import Source
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.stability import batch_of
+from altgrad_jax.tracking import read_metrics
 from altgrad_jax.workdir import read_json
 
 NAMES = ("eurlex", *EURLEX_CONFIGS, "embedded", "files")
@@ -104,11 +106,12 @@ def batch(console: Console) -> None:
     config = manifest["config"]
     batches = TrainBatches(cache, config["model"]["block_size"], config["train"]["batch_size"], config["seed"])
     table = Table("window", "tokens", "documents")
-    pairs = zip(batches.windows_of(STEP.value - 1), batches.documents_of(STEP.value - 1), strict=True)
+    number = batch_of(read_metrics(Path(WORKDIR.value).expanduser() / "metrics.jsonl"), STEP.value)
+    pairs = zip(batches.windows_of(number), batches.documents_of(number), strict=True)
     for window, documents in pairs:
         start = window * batches.block_size
         table.add_row(str(window), f"{start} to {start + batches.block_size}", " ".join(documents))
-    console.print(f"step {STEP.value}, epoch {batches.epoch_of(STEP.value - 1):.3f}, data {cache.sha256[:12]}")
+    console.print(f"step {STEP.value}, epoch {batches.epoch_of(number):.3f}, data {cache.sha256[:12]}")
     console.print(table)
 
 

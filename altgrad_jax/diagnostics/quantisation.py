@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from altgrad_jax.precision.formats import FloatFormat
 from altgrad_jax.precision.policy import LayerState, Policy
-from altgrad_jax.precision.recipes import ROLES
 from altgrad_jax.precision.statistics import RoleStats
 
 Array = jax.Array
@@ -86,9 +85,3 @@ def bitmap(used: Iterable[bool], fmt: FloatFormat) -> str:
     """One bit a code as hexadecimal digits, the lowest code in the highest bit of the first."""
     bits = np.asarray(list(used))[: 1 << fmt.bits]
     return np.packbits(bits).tobytes().hex()
-
-
-def is_of_one_layer(key: str) -> bool:
-    """Whether a metric's name is that of a single layer, of this question or of the shadow gradients."""
-    parts = key.split("/")
-    return (parts[0] == "quant" and parts[1] not in ROLES) or (parts[0] == "grads" and len(parts) == 3)

@@ -20,6 +20,7 @@ from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
 from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
 from altgrad_jax.precision.statistics import RoleStats, over_devices
+from altgrad_jax.precision.weight_grid import WeightGrid, policy_grid
 
 Array = jax.Array
 BACKENDS = ("auto", "native", "emulated")
@@ -149,6 +150,15 @@ class Policy:
             # The devices' activations differ, so their draws must; their weights are one, and so are its draws.
             prepared[plan.path] = layer if axis_name is None else layer.fold_keys(lax.axis_index(axis_name))
         return prepared, stats
+
+    def weight_grids(self, weights: Mapping[str, Array], state: Mapping[str, LayerState]) -> dict[str, WeightGrid]:
+        """Layer -> the grid that its weight is rounded to in the step about to be taken."""
+        return {
+            plan.path: policy_grid(
+                weights[plan.path], plan.recipe.weight, state[plan.path]["weight"], 1 if plan.path in TABLES else 0
+            )
+            for plan in self.plans
+        }
 
     def probes(self, prepared: Mapping[str, Prepared]) -> dict[str, Probe]:
         """A probe for every layer that has activations."""

@@ -7,7 +7,7 @@ A recipe is written as one line of text: the name of a recipe or of a format, th
     e4m3fn g=e5m2 g.rounding=stochastic       options of one operand: x. (activations), w. (weights), g. (gradients)
 
 Options: `x=FORMAT w=FORMAT g=FORMAT`, and for all operands or, with a prefix, for one: `scaling`, `granularity`,
-`scale`, `history`, `margin`, `rounding`, `overflow`.
+`scale`, `history`, `margin`, `pow2`, `rounding`, `overflow`.
 """
 
 import difflib
@@ -36,6 +36,8 @@ class RoleRecipe:
       scale: of "static".
       history: steps that "delayed" looks back.
       margin: "current", "delayed" and "mx" leave this many binades free above the amax.
+      pow2: 1: scales of "current" and "delayed" are rounded down to powers of two, so that a value on the grid of one
+        step is, but at the ends of the range, on that of the next; 0: they are not.
       rounding: "nearest", "toward_zero" or "stochastic".
       overflow: "saturate" or "special" (inf or NaN, as a bare cast does).
     """
@@ -46,6 +48,7 @@ class RoleRecipe:
     scale: float = 1.0
     history: int = 16
     margin: int = 0
+    pow2: int = 0
     rounding: str = "nearest"
     overflow: str = "saturate"
 
@@ -64,6 +67,7 @@ class RoleRecipe:
         extras = [
             *([f"per {self.granularity}"] if self.granularity != "tensor" else []),
             *([f"margin {self.margin}"] if self.margin else []),
+            *(["pow2"] if self.pow2 else []),
             *([self.rounding] if self.rounding != "nearest" else []),
             *(["overflows"] if self.overflow != "saturate" else []),
         ]
@@ -110,7 +114,7 @@ RECIPES = {
     "mxfp4": _uniform("e2m1fn", scaling="mx"),
 }
 _PREFIXES = {"x": "activation", "w": "weight", "g": "gradient"}
-_NUMBERS = {"scale": float, "history": int, "margin": int}
+_NUMBERS = {"scale": float, "history": int, "margin": int, "pow2": int}
 _CHOICES = {"scaling": SCALINGS, "granularity": GRANULARITIES, "rounding": ROUNDINGS, "overflow": OVERFLOWS}
 
 
@@ -185,10 +189,13 @@ def _check(role: str, recipe: RoleRecipe, text: str) -> None:
         raise ValueError(f"recipe {text!r}: scale={recipe.scale} must be above 0 and finite")
     if not 0 <= recipe.margin <= 32:
         raise ValueError(f"recipe {text!r}: margin={recipe.margin} must lie between 0 and 32 binades")
+    if recipe.pow2 not in (0, 1):
+        raise ValueError(f"recipe {text!r}: pow2={recipe.pow2} must be 0 or 1")
     for option, unset, scalings in (
         ("scale", 1.0, ("static",)),
         ("history", 16, ("delayed",)),
         ("margin", 0, ("current", "delayed", "mx")),
+        ("pow2", 0, ("current", "delayed")),
     ):
         if getattr(recipe, option) != unset and recipe.scaling not in scalings:
             raise ValueError(

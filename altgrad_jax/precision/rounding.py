@@ -6,7 +6,8 @@ number. The carry of a rounded-up mantissa runs into the exponent, which is what
 
 To nearest there is a shorter way: add a number so large that the sum has the format's spacing, and take it away again.
 CPUs and GPUs may flush subnormal operands to zero, and the sum must not overflow, so that is for formats well within
-float32's range (`Grid.addable`), which are nearly all.
+float32's range (`Grid.addable`), which are nearly all. Of bfloat16 nothing needs more than its own 16 bits, so that a
+CPU's vectors hold twice as many: `round_bfloat16`, for formats of few mantissa bits.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ _INF = np.uint32(0x7F80_0000)
 _MANTISSA = 23  # bits of float32's
 _BIAS = 127  # of float32's exponent
 _QUIET_NAN = np.uint32(0x7FC0_0000)
+_BFLOAT16_MANTISSA = 7
+# `round_bfloat16` goes through the subnormal binades one by one; from five of them on, adding in float32 is faster.
+_SHORT_MANTISSA = 4
 # Dtypes that can be rounded -> the most mantissa bits and the largest value of a format they can take: whatever is
 # rounded is on the dtype's own grid, so rounding it to fewer bits never needs a smaller subnormal.
 CARRIERS = {"float32": (23, np.inf), "bfloat16": (7, np.inf), "float16": (10, 65504.0)}
@@ -160,8 +164,68 @@ def round_to_format(
     if x.dtype.name not in grid.carriers:
         name = "each of these formats" if isinstance(fmt, Grid) else get_format(fmt).name
         raise ValueError(f"{x.dtype} cannot hold every value of {name}; pass {' or '.join(grid.carriers)}")
+    if x.dtype == jnp.bfloat16 and rounding == "nearest" and is_short(grid):
+        return straight_through(x, round_bfloat16(lax.stop_gradient(x), grid, overflow))
     bits = _round_bits(_bits(lax.stop_gradient(x)), grid, rounding, overflow, key)
     return straight_through(x, _from_bits(bits, x.dtype))
+
+
+def is_short(grid: Grid) -> bool:
+    """Whether the format is known, and of a kind that `round_bfloat16` takes."""
+    known = isinstance(grid.mantissa_bits, np.integer)
+    # With the last, blocks may be scaled by 2^k, |k| <= 126, without overflow of the thresholds.
+    return known and grid.mantissa_bits <= _SHORT_MANTISSA and grid.addable and grid.step_bits <= _power_bits(2)
+
+
+def round_bfloat16(x: Array, grid: Grid, overflow: str = "saturate", exponent: Array | int = 0) -> Array:
+    """2^k times x 2^-k rounded to nearest, in 16-bit integers: bfloat16, without gradient.
+
+    Args:
+      x: bfloat16; subnormal numbers count as 0 where k is not 0.
+      grid: a format that `is_short`.
+      overflow: as in `round_to_format`.
+      exponent: k, int32, of a shape that broadcasts to x's; no further from 0 than 126, and such that no finite x 2^-k
+        is 2^128 or more.
+    """
+    signed = lax.bitcast_convert_type(x, jnp.int16)
+    magnitude = signed & np.int16(0x7FFF)
+    step, half_step, largest, beyond = (
+        np.int16(bits >> 16) for bits in (grid.step_bits, grid.half_step_bits, grid.max_bits, grid.overflow_bits)
+    )
+    saturates = overflow == "saturate" or beyond == largest
+    top = largest if saturates else largest + np.int16(1 << _BFLOAT16_MANTISSA)
+    shift = (jnp.asarray(exponent) << _BFLOAT16_MANTISSA).astype(jnp.int16)
+    # What is less than half a step becomes 0 in the end, so that here it may be anything.
+    unscaled = _nearest_on_short_grid(jnp.clip(magnitude - shift, step, top), grid)
+    rounded = unscaled + shift if saturates else jnp.where(unscaled > largest, beyond, unscaled + shift)
+    largest_subnormal = np.int16((1 << _BFLOAT16_MANTISSA) - 1)
+    rounded = jnp.where(magnitude > jnp.maximum(half_step + shift, largest_subnormal), rounded, np.int16(0))
+    rounded = jnp.where(magnitude > np.int16(_INF >> 16), magnitude, rounded)
+    sign = signed & np.int16(-0x8000)
+    return lax.bitcast_convert_type((sign if grid.signed_zero else jnp.where(rounded == 0, 0, sign)) | rounded, x.dtype)
+
+
+def _nearest_on_short_grid(magnitude: Array, grid: Grid) -> Array:
+    """bfloat16 magnitudes, as int16 bits, from one step up; as if the format had no largest value."""
+    m, e_min = int(grid.mantissa_bits), int(grid.min_exponent)
+    # Mask of what is cut: one bit more in every binade below the smallest normal number.
+    rest = jnp.full_like(magnitude, (1 << (_BFLOAT16_MANTISSA - m)) - 1)
+    for below in range(m):
+        binade_end = np.int16((e_min - below + _BIAS) << _BFLOAT16_MANTISSA)
+        rest = jnp.where(magnitude < binade_end, np.int16((2 << (_BFLOAT16_MANTISSA - m + below)) - 1), rest)
+    # In binades of one value the lowest exponent bit has to tell whether the code is odd. The smallest step's, 1, is.
+    parity = e_min - m + _BIAS + 1 if grid.tie == 2 else _BIAS + int(grid.tie)
+    told = magnitude ^ np.int16((parity & 1) << _BFLOAT16_MANTISSA)
+    odd = jnp.minimum(told & (rest + np.int16(1)), np.int16(1))
+    return (magnitude + (rest >> 1) + odd) & ~rest
+
+
+def narrowed(x: Array, dtype: jnp.dtype) -> Array:
+    """x.astype(dtype), for float32 values that the dtype holds: to bfloat16 without the work of rounding them.
+
+    NaN must be quiet, as the result of every operation is.
+    """
+    return _from_bits(_bits(x), dtype) if x.dtype == jnp.float32 else x.astype(dtype)
 
 
 def encode(
@@ -181,17 +245,38 @@ def encode(
     grid = Grid.of(fmt)
     bits = _round_bits(_bits(x), grid, rounding, overflow, key)
     sign, magnitude = bits >> 31, bits & ~_SIGN
-    exponent, lsb_exponent, significand = _split(magnitude, grid)
-    # Of float32's subnormals fewer bits may be left than the format has.
-    surplus = jnp.maximum(exponent, fmt.min_exponent) - fmt.mantissa_bits - lsb_exponent
-    steps = _shifted_right(significand, surplus)
-    binade = jnp.maximum(exponent - fmt.min_exponent, 0).astype(jnp.uint32)
-    code = jnp.where(magnitude == 0, np.uint32(0), steps + (binade << fmt.mantissa_bits))
+    code = magnitude_codes(magnitude, grid)
     if fmt.inf_code is not None:
         code = jnp.where(magnitude == _INF, np.uint32(fmt.inf_code), code)
     code = code | (sign << (fmt.bits - 1))
     nan_code = fmt.nan_code if fmt.nan_code is not None else fmt.magnitudes if fmt.negative_zero else 0
     return jnp.where(magnitude > _INF, np.uint32(nan_code), code).astype(fmt.code_dtype)
+
+
+def magnitude_codes(magnitude: Array, grid: Grid) -> Array:
+    """Codes of finite magnitudes on the grid, given as float32 bits without sign; uint32, ordered as values are."""
+    exponent, lsb_exponent, significand = _split(magnitude, grid)
+    # Of float32's subnormals fewer bits may be left than the format has.
+    surplus = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits - lsb_exponent
+    steps = _shifted_right(significand, surplus)
+    binade = jnp.maximum(exponent - grid.min_exponent, 0).astype(jnp.uint32)
+    bits = jnp.asarray(grid.mantissa_bits).astype(jnp.uint32)
+    return jnp.where(magnitude == 0, np.uint32(0), steps + (binade << bits))
+
+
+def magnitude_values(codes: Array, grid: Grid) -> Array:
+    """The inverse of `magnitude_codes`: finite magnitudes as float32 bits; of those below float32's range, 0."""
+    mantissa_bits = jnp.asarray(grid.mantissa_bits).astype(jnp.uint32)
+    field, mantissa = codes >> mantissa_bits, codes & ((np.uint32(1) << mantissa_bits) - 1)
+    normal = field > 0
+    significand = jnp.where(normal, mantissa | (np.uint32(1) << mantissa_bits), mantissa)
+    # significand 2^lsb, its leading one brought to where float32 has its own.
+    lsb = jnp.maximum(field.astype(jnp.int32), 1) - 1 + jnp.asarray(grid.min_exponent) - mantissa_bits.astype(jnp.int32)
+    width = 31 - lax.clz(significand).astype(jnp.int32)
+    exponent = lsb + width + _BIAS
+    fraction = (significand << (_MANTISSA - jnp.maximum(width, 0)).astype(jnp.uint32)) & np.uint32((1 << _MANTISSA) - 1)
+    bits = (exponent.astype(jnp.uint32) << _MANTISSA) | fraction
+    return jnp.where((significand > 0) & (exponent > 0), bits, np.uint32(0))
 
 
 def decode(codes: Array, fmt: FloatFormat | str) -> Array:
@@ -287,10 +372,13 @@ def _round_bits(bits: Array, grid: Grid, rounding: str, overflow: str, key: Arra
     """`round_to_format` on float32 bits."""
     sign = bits & _SIGN
     magnitude = bits ^ sign
+    # The largest value is on the grid, so what is no larger stays so. A binade above it nothing rounds to it.
+    top = grid.max_bits if overflow == "saturate" else grid.max_bits + np.uint32(1 << _MANTISSA)
+    bounded = jnp.minimum(magnitude, top)
     if rounding == "nearest" and grid.addable:
-        rounded = _nearest_by_adding(magnitude, grid)
+        rounded = _nearest_by_adding(bounded, grid)
     else:
-        rounded = _round_by_cutting(magnitude, grid, rounding, key)
+        rounded = _round_by_cutting(bounded, grid, rounding, key)
     rounded = _limit(rounded, magnitude, grid, rounding, overflow)
     sign = jnp.where((rounded == 0) & ~jnp.asarray(grid.signed_zero), np.uint32(0), sign)
     return sign | rounded
@@ -321,12 +409,11 @@ def _round_by_cutting(magnitude: Array, grid: Grid, rounding: str, key: Array | 
 
 
 def _nearest_by_adding(magnitude: Array, grid: Grid) -> Array:
-    """What `_round_by_cutting` gives, to nearest, up to twice the largest value; something larger beyond.
+    """What `_round_by_cutting` gives, to nearest, of magnitudes up to twice the largest value.
 
     In the binade of 2^e the sum with 2^(e + 23 - M) lies in that number's binade, where float32's spacing is the
     format's, and it is rounded to an even multiple of it: to the even code.
     """
-    magnitude = jnp.minimum(magnitude, grid.max_bits + np.uint32(1 << _MANTISSA))
     smallest = (jnp.asarray(grid.min_exponent) + _BIAS).astype(jnp.uint32) << _MANTISSA
     power = jnp.maximum(magnitude & _INF, smallest)
     # Without mantissa bits the lower neighbour is always the odd multiple, 1. Where its code is even, ties are made a
@@ -353,12 +440,12 @@ def _shifted_right(bits: Array, by: Array) -> Array:
 
 
 def _limit(rounded: Array, magnitude: Array, grid: Grid, rounding: str, overflow: str) -> Array:
-    """Magnitudes beyond the largest value as `overflow` has it; NaN as it was."""
-    if overflow == "saturate":
-        limited = jnp.minimum(rounded, grid.max_bits)
+    """Magnitudes beyond the largest value as `overflow` has it; a quiet NaN where there was one."""
+    if overflow == "saturate":  # they were bounded before
+        limited = rounded
     elif rounding == "toward_zero":  # what is finite stays finite
         beyond = jnp.where(magnitude == _INF, grid.overflow_bits, grid.max_bits)
         limited = jnp.where(rounded > grid.max_bits, beyond, rounded)
     else:
         limited = jnp.where(rounded > grid.max_bits, grid.overflow_bits, rounded)
-    return jnp.where(magnitude > _INF, magnitude, limited)
+    return jnp.where(magnitude > _INF, _QUIET_NAN, limited)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from altgrad_jax.diagnostics import quantisation
+from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.precision.formats import get_format
 from altgrad_jax.precision.policy import resolve
 from altgrad_jax.precision.statistics import RoleStats
@@ -71,7 +72,7 @@ def test_tables_have_a_weight_and_wide_formats_no_codes():
 
 
 def test_totals_over_layers():
-    totals = {key: value for key, value in named().items() if not quantisation.is_of_one_layer(key)}
+    totals = {key: value for key, value in named().items() if not is_of_one_layer(key)}
     expected = {f"quant/{role}/{what}" for role in ROLES for what in ("underflow", "overflow", "nan", "amax")}
     assert set(totals) == expected | {f"quant/{role}/codes_used" for role in ROLES}
     assert totals["quant/weight/amax"] == 8.0 and totals["quant/activation/amax"] == 12.0  # the largest
@@ -113,7 +114,7 @@ def test_share_of_codes(fmt):
 def test_which_names_are_of_one_layer():
     of_one = ["quant/lm_head/weight/amax", "quant/blocks.0.attn.qkv/gradient/codes", "grads/blocks.3.mlp.up/cosine"]
     of_all = ["quant/weight/amax", "quant/gradient/underflow", "grads/cosine", "train/loss", "val/loss", "step"]
-    assert all(map(quantisation.is_of_one_layer, of_one)) and not any(map(quantisation.is_of_one_layer, of_all))
+    assert all(map(is_of_one_layer, of_one)) and not any(map(is_of_one_layer, of_all))
 
 
 # A run.
@@ -169,7 +170,7 @@ def test_texts_stay_in_the_file(run, monkeypatch):
     """W&B plots numbers; the summary holds what is of the whole network; every line is JSON."""
     final = summary(run)["final"]
     assert final["quant/weight/amax"] > 0 and 0 < final["grads/cosine"] < 1
-    assert not [key for key in final if quantisation.is_of_one_layer(key)]
+    assert not [key for key in final if is_of_one_layer(key)]
     sent = []
     sink = Wandb.__new__(Wandb)
     sink._run, sink._offline = SimpleNamespace(log=lambda record, step: sent.append((record, step))), True

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from altgrad_jax.diagnose import make_diagnose_step
 from altgrad_jax.diagnostics import shadow
-from altgrad_jax.diagnostics.quantisation import is_of_one_layer
+from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.loss_scale import LossScale
 from altgrad_jax.model import GPTConfig, layer_shapes
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, init_state, leaf_names, model_structure
-from altgrad_jax.step import make_diagnose_step
 from tests import numpy_gpt
 
 compare = jax.jit(shadow.compare)

@@ -180,6 +180,42 @@ def test_compiled_and_in_bfloat16():
     )
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *MX,
+        *("mxfp8 margin=1", "mxfp8 overflow=special", "mxfp8_e5m2 overflow=special", "mxfp4 overflow=special"),
+        *("e3m4 scaling=mx", "e4m3fnuz scaling=mx", "binary8p1 scaling=mx overflow=special"),
+    ],
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_bfloat16_is_rounded_as_the_same_numbers_in_float32_are(recipe, axis):
+    """It has a way of its own, in 16-bit integers; here on blocks at all sizes, to the ends of the dtype."""
+    rng = np.random.default_rng(axis)
+    binades = rng.integers(0, 254, (24, 1, 24, 1)) - rng.integers(0, 16, (24, 32, 24, 32))
+    x = rng.integers(0, 2, binades.shape) << 15 | np.maximum(binades, 0) << 7 | rng.integers(0, 128, binades.shape)
+    x = jnp.asarray(x.reshape(768, 768), jnp.uint16).view(jnp.bfloat16)
+    x = x.at[100, 100].set(jnp.inf).at[200, 300].set(-jnp.inf).at[300, 100].set(jnp.nan)
+    role = parse_recipe(recipe).activation
+
+    def both(x, collect: bool):
+        run = jax.jit(lambda x: quantise(x, role, initial_state(role), axis, collect=collect))
+        return run(x), run(x.astype(jnp.float32))
+
+    (short, _), (long, _) = both(x, collect=False)
+    assert short.values.dtype == long.values.dtype == jnp.bfloat16
+    actual, expected = (np.asarray(operand.values) for operand in (short, long))
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    finite = ~np.isnan(expected)
+    np.testing.assert_array_equal(actual[finite].view(np.uint16), expected[finite].view(np.uint16))
+    # Whether float32's subnormals count as zeros is the machine's business.
+    normal = jnp.where(jnp.abs(x) < 2.0**-126, 0, x)
+    (collected, stats), (_, expected_stats) = both(normal, collect=True)
+    np.testing.assert_array_equal(np.asarray(collected.values)[finite], expected[finite])
+    for ours, theirs in zip(jax.tree.leaves(stats), jax.tree.leaves(expected_stats), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_stochastic_rounding_stays_on_the_blocks_grid_and_is_unbiased():
     role = parse_recipe("mxfp4 rounding=stochastic").activation
     x = jnp.tile(jnp.asarray(np.append(np.linspace(-2.9, 2.9, 31), 4.0), jnp.float32), (4096, 1))

@@ -169,7 +169,7 @@ def test_every_16_bit_input(name, dtype):
         ):
             by_name(x, name)
         return
-    for mode in MODES[::3]:
+    for mode in (MODES[0], MODES[1], MODES[3]):
         expected = round_reference(x.astype(np.float32), fmt, *mode)
         for actual in (by_name(x, name, *mode), general(x, Grid.of(fmt), *mode)):
             assert actual.dtype == dtype

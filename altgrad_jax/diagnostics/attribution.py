@@ -1,0 +1,182 @@
+"""What went wrong first, and where: the first time that a diagnostic of a run crossed its threshold.
+
+For people who look at a run that failed. Of every layer, role and kind of failure the first crossing is kept, and they
+are put in the order in which they happened: by step; within a step weight, activation, training loss, gradient, update,
+validation loss; within those from the network's input to its output, for gradients from its output to its input. So the
+first row with a NaN names its origin, and not the layers that it spread to.
+
+    kind       metric                                  fails    why
+    nan        quant/<layer>/<role>/nan                > 0      one NaN spreads to every later value
+    overflow   quant/<layer>/<role>/overflow           > 0.01   the largest values, which carry most, are cut off
+    underflow  quant/<layer>/<role>/underflow          > 0.25   a quarter of a tensor gone: what formats without range
+                                                                showed that did not train (docs/results/formats.md)
+    gradient   grads/<layer>/cosine                    < 0.9    more than 26 degrees off: noise of half its length
+    stall      weights/<layer>/stall                   > 0.95   one update in twenty moves a rounded weight
+    blow-up    weights/<layer>/relative_update         > 0.3    a step a third as long as the weight itself; 0.001 is
+                                                                usual. Not of biases, which begin at zero
+    rank       spectra/<layer>/effective_rank,         >= 0.3   share lost since the first record: the matrix collapses
+               spectra/<layer>/stable_rank             >= 0.15  into few directions. Less is allowed where all of the
+                                                                signal must pass: lm_head, wte and *.proj
+    loss       train/loss, val/loss                    not finite
+
+The role of gradient is "gradient", of stall and blow-up "update", of rank "weight"; loss has no layer and no role. A
+metric that is NaN, because there was nothing to measure, has not crossed. But a cosine that is NaN has, unless the
+float32 gradient was zero: then the layer's relative error is NaN, and the cosine of the whole gradient is not.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+THRESHOLDS: Mapping[str, float] = {
+    "nan": 0.0,
+    "overflow": 0.01,
+    "underflow": 0.25,
+    "gradient": 0.9,
+    "stall": 0.95,
+    "blow-up": 0.3,
+    "rank": 0.3,
+    "sensitive rank": 0.15,  # of lm_head, wte and *.proj
+    "loss": math.inf,
+}
+SIGNS = {"gradient": "<", "rank": ">="}  # of what fails; ">" of the others
+KINDS = ("nan", "overflow", "underflow", "gradient", "stall", "blow-up", "rank", "loss")
+# The parts of a step, in its order.
+STAGES = ("weight", "activation", "train/loss", "gradient", "update", "val/loss")
+BACKWARD = ("gradient",)
+RANKS = ("effective_rank", "stable_rank")
+IN_BLOCK = ("norm_1", "attn.qkv", "attn.proj", "norm_2", "mlp.up", "mlp.down")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first crossing of one threshold by one layer.
+
+    Attributes:
+      layer: its name; "" of a loss.
+      role: weight, activation, gradient or update; "" of a loss.
+      kind: one of KINDS.
+      step: of the record.
+      value: what crossed; of rank, the share lost.
+      threshold: what was crossed; infinity of a loss.
+    """
+
+    layer: str
+    role: str
+    kind: str
+    step: int
+    value: float
+    threshold: float
+
+
+def first_failures(records: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float] = THRESHOLDS) -> list[Failure]:
+    """The first crossing of every (layer, role, kind), in the order in which they happened.
+
+    Args:
+      records: of a run, as `tracking.read_metrics` gives them: `step`, and slash-named numbers and texts.
+      thresholds: by kind; those left out are THRESHOLDS'.
+    """
+    limits = {**THRESHOLDS, **thresholds}
+    first: dict[tuple[str, str, str], tuple[tuple, Failure]] = {}
+    ranks: dict[str, float] = {}
+    for record in sorted(records, key=lambda record: record["step"]):
+        found = [
+            (_order(stage, layer, kind), Failure(layer, role, kind, int(record["step"]), value, threshold))
+            for stage, layer, role, kind, value, threshold in _crossings(record, ranks, limits)
+        ]
+        for order, failure in sorted(found, key=lambda pair: pair[0]):
+            case = failure.layer, failure.role, failure.kind
+            first.setdefault(case, ((failure.step, *order), failure))
+    return [failure for _, failure in sorted(first.values(), key=lambda pair: pair[0])]
+
+
+def table(failures: Sequence[Failure]) -> list[str]:
+    """Lines for people: a header and a row each, aligned; or one line to say that there are none."""
+    if not failures:
+        return ["no diagnostic crossed its threshold"]
+    rows = [("step", "layer", "role", "kind", "value", "threshold")]
+    for f in failures:
+        sign = "not finite" if f.kind == "loss" else f"{SIGNS.get(f.kind, '>')} {f.threshold:g}"
+        rows.append((str(f.step), f.layer or "-", f.role or "-", f.kind, f"{f.value:.4g}", sign))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    align = (str.rjust, str.ljust, str.ljust, str.ljust, str.rjust, str.ljust)
+    cells = [[put(cell, width) for put, cell, width in zip(align, row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def describe(failures: Sequence[Failure]) -> str:
+    """One line: of every kind how many layers, and the first three of them with their values."""
+    parts = []
+    for kind in dict.fromkeys(failure.kind for failure in failures):
+        found = [failure for failure in failures if failure.kind == kind]
+        named = [f"{' '.join(filter(None, (f.layer, f.role)))} {f.value:.3g}".strip() for f in found[:3]]
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        parts.append(f"{kind}: {', '.join(named)}{more}")
+    return "; ".join(parts)
+
+
+def as_json(failures: Sequence[Failure]) -> list[dict[str, Any]]:
+    """One dict a failure, in order; numbers that are not finite as "NaN", "Infinity" and "-Infinity"."""
+    return [{key: _json_value(value) for key, value in asdict(failure).items()} for failure in failures]
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _crossings(
+    record: Mapping[str, Any], ranks: dict[str, float], limits: Mapping[str, float]
+) -> Iterator[tuple[str, str, str, str, float, float]]:
+    """(stage, layer, role, kind, value, threshold) of every threshold crossed; `ranks` gathers the first of each."""
+    for key, value in record.items():
+        if not isinstance(value, (int, float)):
+            continue
+        match key.split("/"):
+            case ["quant", layer, role, ("nan" | "overflow" | "underflow") as kind] if value > limits[kind]:
+                yield role, layer, role, kind, value, limits[kind]
+            case ["grads", layer, "cosine"] if value < limits["gradient"] or _lost(record, layer, value):
+                yield "gradient", layer, "gradient", "gradient", value, limits["gradient"]
+            case ["weights", layer, "stall"] if value > limits["stall"]:
+                yield "update", layer, "update", "stall", value, limits["stall"]
+            case ["weights", layer, "relative_update"] if value > limits["blow-up"] and not layer.endswith(".bias"):
+                yield "update", layer, "update", "blow-up", value, limits["blow-up"]
+            case ["spectra", layer, what] if what in RANKS and not math.isnan(value):
+                limit = limits["sensitive rank" if _is_sensitive(layer) else "rank"]
+                first = ranks.setdefault(key, value)
+                if first > 0 and value <= (1 - limit) * first:
+                    yield "weight", layer, "weight", "rank", 1 - value / first, limit
+            case ["train" | "val", "loss"] if not math.isfinite(value):
+                yield key, "", "", "loss", value, limits["loss"]
+
+
+def _lost(record: Mapping[str, Any], layer: str, cosine: float) -> bool:
+    """Whether a cosine is NaN because of the gradient, and not because the float32 one is zero."""
+    error, whole = record.get(f"grads/{layer}/relative_error", 0.0), record.get("grads/cosine", math.nan)
+    return math.isnan(cosine) and not (math.isnan(error) and not math.isnan(whole))
+
+
+def _is_sensitive(layer: str) -> bool:
+    return layer in ("lm_head", "wte") or layer.endswith(".proj")
+
+
+def _order(stage: str, layer: str, kind: str) -> tuple:
+    """Sorts the crossings of a step in the order in which they happened."""
+    depth = _depth(layer)
+    if stage in BACKWARD:
+        depth = (-depth[0], -depth[1])
+    # An unknown role comes last.
+    return STAGES.index(stage) if stage in STAGES else len(STAGES), depth, KINDS.index(kind), layer
+
+
+def _depth(layer: str) -> tuple[int, int]:
+    """Where in the network a layer or one of its parameters is: (block, place within it)."""
+    if layer in ("wte", "wpe"):
+        return 0, 0
+    parts = layer.split(".", 2)
+    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal():
+        places = [i for i, place in enumerate(IN_BLOCK) if parts[2] == place or parts[2].startswith(place + ".")]
+        return int(parts[1]) + 1, places[0] if places else len(IN_BLOCK)
+    return 10**6, 1 if layer == "lm_head" else 0  # norm_f, or a layer of another network

@@ -1,0 +1,165 @@
+"""Which layer and role went first: records written by hand, with the rows they must give."""
+
+import json
+import math
+
+import pytest
+
+from altgrad_jax.diagnostics.attribution import THRESHOLDS, Failure, as_json, first_failures, table
+
+NAN, INF = math.nan, math.inf
+
+
+def cases(records, **thresholds) -> list[tuple]:
+    return [(f.step, f.layer, f.role, f.kind) for f in first_failures(records, thresholds)]
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad", "expected"),
+    [
+        ("quant/lm_head/weight/nan", 0.0, 1e-9, ("lm_head", "weight", "nan")),
+        ("quant/blocks.0.mlp.up/activation/overflow", 0.01, 0.011, ("blocks.0.mlp.up", "activation", "overflow")),
+        ("quant/blocks.11.attn.qkv/gradient/underflow", 0.25, 0.26, ("blocks.11.attn.qkv", "gradient", "underflow")),
+        ("grads/blocks.0.norm_1.scale/cosine", 0.9, 0.89, ("blocks.0.norm_1.scale", "gradient", "gradient")),
+        ("weights/wte/stall", 0.95, 0.96, ("wte", "update", "stall")),
+        ("weights/wte/relative_update", 0.3, INF, ("wte", "update", "blow-up")),
+        ("spectra/blocks.0.mlp.up/effective_rank", 10.0, 7.0, ("blocks.0.mlp.up", "weight", "rank")),
+        ("spectra/blocks.0.mlp.proj/stable_rank", 10.0, 8.5, ("blocks.0.mlp.proj", "weight", "rank")),
+        ("spectra/wte/stable_rank", 10.0, 0.0, ("wte", "weight", "rank")),
+        ("train/loss", 1e30, NAN, ("", "", "loss")),
+        ("val/loss", 9.0, INF, ("", "", "loss")),
+    ],
+)
+def test_each_metric_alone(key, good, bad, expected):
+    """The last good value, the first bad one, and a worse one that is not first."""
+    assert cases([{"step": 1, key: good}, {"step": 2, key: bad}, {"step": 3, key: bad}]) == [(2, *expected)]
+    kind = expected[2]
+    if not key.startswith("spectra/"):
+        [failure] = first_failures([{"step": 2, key: bad}])
+        assert failure.threshold == THRESHOLDS[kind]
+        assert failure.value == bad or (math.isnan(failure.value) and math.isnan(bad))
+
+
+def test_values_that_are_no_failures():
+    assert not cases(
+        [
+            {
+                "step": 0,
+                "quant/weight/nan": 1.0,  # of all layers together
+                "quant/lm_head/weight/amax": 1e9,
+                "quant/lm_head/weight/codes": "ff00",
+                "quant/lm_head/weight/underflow": NAN,
+                "weights/lm_head/stall": NAN,  # nothing was updated
+                "weights/stall": 1.0,
+                "weights/blocks.0.attn.qkv.bias/relative_update": INF,  # the first step of a bias
+                "spectra/lm_head/rank_99": 1.0,
+                "spectra/lm_head/stable_rank": NAN,
+                "train/grad_norm": INF,
+            },
+            {"step": 1, "spectra/lm_head/stable_rank": 10.0, "spectra/blocks.0.mlp.up/stable_rank": 10.0},
+            {"step": 2, "spectra/lm_head/stable_rank": 8.6, "spectra/blocks.0.mlp.up/stable_rank": 7.1},
+        ]
+    )
+
+
+def test_a_rank_is_compared_with_its_own_first_record():
+    key = "spectra/blocks.0.mlp.up"
+    records = [
+        {"step": 0, f"{key}/stable_rank": NAN},
+        {"step": 1, f"{key}/stable_rank": 10.0, f"{key}/effective_rank": 100.0},
+        {"step": 2, f"{key}/stable_rank": 20.0, f"{key}/effective_rank": 71.0},
+        {"step": 3, f"{key}/stable_rank": 12.0, f"{key}/effective_rank": 60.0},
+    ]
+    [failure] = first_failures(list(reversed(records)))
+    assert failure == Failure("blocks.0.mlp.up", "weight", "rank", 3, pytest.approx(0.4), 0.3)
+
+
+def test_a_cosine_that_is_nan():
+    """Where there was a float32 gradient it fails; where that was zero there was nothing to compare."""
+    lost = {"step": 1, "grads/cosine": 0.99, "grads/wte/cosine": NAN, "grads/wte/relative_error": 1.0}
+    nothing = lost | {"grads/wte/relative_error": NAN}
+    spoilt = nothing | {"grads/cosine": NAN}
+    assert [bool(cases([record])) for record in (lost, nothing, spoilt, {"step": 1, "grads/wte/cosine": NAN})] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def spread(layers, role: str, what: str, value: float) -> dict:
+    return {f"quant/{layer}/{role}/{what}": value for layer in layers}
+
+
+def test_the_first_row_names_the_origin_of_a_nan_forward():
+    """An activation overflows to NaN in block 2: from there on everything is NaN, and all gradients, and the loss."""
+    below = ["blocks.0.mlp.down", "blocks.1.attn.qkv"]
+    above = ["lm_head", "blocks.10.attn.qkv", "blocks.2.mlp.up", "blocks.2.mlp.down", "blocks.3.attn.qkv"]
+    spoilt = {"step": 40, "train/loss": NAN, "val/loss": NAN, "weights/wte/relative_update": INF}
+    spoilt |= spread(below + above, "gradient", "nan", 1.0) | spread(above, "activation", "nan", 1.0)
+    records = [{"step": 39, "train/loss": 5.0} | spread(below + above, "activation", "nan", 0.0), spoilt]
+    rows = cases(records)
+    assert [row[1] for row in rows[:5]] == [
+        "blocks.2.mlp.up",
+        "blocks.2.mlp.down",
+        "blocks.3.attn.qkv",
+        "blocks.10.attn.qkv",
+        "lm_head",
+    ]
+    assert {row[2] for row in rows[:5]} == {"activation"}
+    assert rows[5] == (40, "", "", "loss")
+    assert [row[1:3] for row in rows[6:8]] == [("lm_head", "gradient"), ("blocks.10.attn.qkv", "gradient")]
+    assert rows[-2:] == [(40, "blocks.0.mlp.down", "gradient", "nan"), (40, "wte", "update", "blow-up")]
+
+
+def test_the_first_row_names_the_origin_of_a_nan_backward_and_of_weights():
+    reached = ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.up", "blocks.1.attn.qkv"]
+    records = [
+        {"step": 7, "train/loss": NAN},  # the update with these gradients was step 6
+        {"step": 6, "train/loss": 4.0} | spread(reached, "gradient", "nan", 0.5),
+    ]
+    assert cases(records) == [
+        (6, "blocks.1.attn.qkv", "gradient", "nan"),
+        (6, "blocks.0.mlp.up", "gradient", "nan"),
+        (6, "blocks.0.attn.proj", "gradient", "nan"),
+        (6, "blocks.0.attn.qkv", "gradient", "nan"),
+        (7, "", "", "loss"),
+    ]
+    everywhere = spread(["wte"], "activation", "nan", 1.0) | spread(
+        ["lm_head", "blocks.5.mlp.up"], "weight", "nan", 1.0
+    )
+    assert cases([{"step": 1} | everywhere])[0] == (1, "blocks.5.mlp.up", "weight", "nan")
+
+
+def test_thresholds_can_be_set_one_by_one():
+    record = {"step": 1, "quant/lm_head/weight/overflow": 0.02, "quant/lm_head/weight/underflow": 0.3}
+    assert cases([record], overflow=0.05) == [(1, "lm_head", "weight", "underflow")]
+
+
+def test_table_and_json():
+    failures = first_failures(
+        [
+            {"step": 5, "quant/blocks.0.mlp.down/gradient/underflow": 0.31},
+            {"step": 120, "grads/lm_head/cosine": 0.5, "spectra/wte/stable_rank": 4.0, "train/loss": NAN},
+            {"step": 121, "spectra/wte/stable_rank": 3.0},
+        ]
+    )
+    assert table(failures) == [
+        "step  layer              role      kind       value  threshold",
+        "   5  blocks.0.mlp.down  gradient  underflow   0.31  > 0.25",
+        " 120  -                  -         loss         nan  not finite",
+        " 120  lm_head            gradient  gradient     0.5  < 0.9",
+        " 121  wte                weight    rank        0.25  >= 0.15",
+    ]
+    assert table([]) == ["no diagnostic crossed its threshold"]
+    first, loss, *_ = json.loads(json.dumps(as_json(failures), allow_nan=False))
+    assert first == {
+        "layer": "blocks.0.mlp.down",
+        "role": "gradient",
+        "kind": "underflow",
+        "step": 5,
+        "value": 0.31,
+        "threshold": 0.25,
+    }
+    assert (loss["value"], loss["threshold"]) == ("NaN", "Infinity")
+    assert first_failures([]) == [] == as_json([])
