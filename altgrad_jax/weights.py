@@ -17,8 +17,8 @@ import optax
 from altgrad_jax.model import layer_of_parameter, layer_weights
 from altgrad_jax.optimizers.grids import apply_on_grids, map_with_grids, snap_to_grids
 from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.grid import Grid
 from altgrad_jax.precision.policy import Policy
-from altgrad_jax.precision.rounding import Grid
 from altgrad_jax.precision.weight_grid import WeightGrid
 
 Array = jax.Array

@@ -80,7 +80,8 @@ def jitted(array) -> dict[str, Callable[[], Any]]:
     import jax.numpy as jnp
 
     from altgrad_jax.precision.formats import get_format
-    from altgrad_jax.precision.rounding import Grid, has_native_cast, native_cast, round_to_format
+    from altgrad_jax.precision.grid import Grid
+    from altgrad_jax.precision.rounding import has_native_cast, native_cast, round_to_format
 
     @jax.jit
     def loop(x, zero):

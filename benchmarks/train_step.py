@@ -90,8 +90,10 @@ def measure_step(size: str, rounds: int, torch: bool) -> dict:
     return result
 
 
-def experiment_of(size: str, compute: str, folder: str, rules: tuple = (), windows: int = 0):
-    """The size as an Experiment on the embedded corpus, `windows` of its batches diagnosed."""
+def experiment_of(
+    size: str, compute: str, folder: str, rules: tuple = (), windows: int = 0, questions: tuple | None = None
+):
+    """The size as an Experiment on the embedded corpus, `windows` of a batch diagnosed; other questions if given."""
     import altgrad_jax.config
     from altgrad_jax import experiment
     from altgrad_jax.data.corpus import open_corpus
@@ -105,6 +107,8 @@ def experiment_of(size: str, compute: str, folder: str, rules: tuple = (), windo
         config.data.update(name="embedded", tokenizer="bpe", vocab_size=512, data_dir=folder)
         config.precision.update(compute=compute, rules=rules)
         config.diagnostics.windows = windows
+        if questions is not None:
+            config.diagnostics.questions = questions
     altgrad_jax.config.validate(config)
     return experiment.build(config, open_corpus(config, progress=False))
 

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from altgrad_jax.optimizers.grids import Formats, Grids, map_with_grids, resolve_grids
-from altgrad_jax.precision.rounding import Grid
+from altgrad_jax.precision.grid import Grid
 
 Array = jax.Array
 

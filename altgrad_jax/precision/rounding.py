@@ -10,10 +10,7 @@ float32's range (`Grid.addable`), which are nearly all. Of bfloat16 nothing need
 CPU's vectors hold twice as many: `round_bfloat16`, for formats of few mantissa bits.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,111 +19,13 @@ import numpy.typing as npt
 from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.grid import BIAS, CARRIERS, INF, MANTISSA, QUIET_NAN, SIGN, Grid
+from altgrad_jax.precision.short_rounding import is_short, round_bfloat16
 from altgrad_jax.precision.threefry import random_bits
 
 Array = jax.Array
 ROUNDINGS = ("nearest", "toward_zero", "stochastic")
 OVERFLOWS = ("saturate", "special")
-
-_SIGN = np.uint32(0x8000_0000)
-_INF = np.uint32(0x7F80_0000)
-_MANTISSA = 23  # bits of float32's
-_BIAS = 127  # of float32's exponent
-_QUIET_NAN = np.uint32(0x7FC0_0000)
-_BFLOAT16_MANTISSA = 7
-# `round_bfloat16` goes through the subnormal binades one by one; from five of them on, adding in float32 is faster.
-_SHORT_MANTISSA = 4
-# Dtypes that can be rounded -> the most mantissa bits and the largest value of a format they can take: whatever is
-# rounded is on the dtype's own grid, so rounding it to fewer bits never needs a smaller subnormal.
-CARRIERS = {"float32": (23, np.inf), "bfloat16": (7, np.inf), "float16": (10, 65504.0)}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Grid:
-    """What rounding needs to know of a format, as numbers that may be traced or batched.
-
-    "The bits of" a value are those of its float32.
-
-    Attributes:
-      mantissa_bits: M, int32.
-      min_exponent: e_min, int32.
-      step_bits: the bits of the smallest positive value, uint32; 0 where it is below float32's smallest.
-      half_step_bits: the bits of half of that, likewise.
-      max_bits: the bits of the largest finite value within float32, uint32.
-      overflow_bits: the bits of what lies beyond it where that is not saturated, uint32: inf, NaN, or the largest value
-        in formats with neither.
-      tie: uint32, which neighbour has the even code where no mantissa bit tells, that is in binades of one value. 2:
-        the one above (the subnormal binade of one step, with code 1 below it); else M = 0, and the lower neighbour
-        2^e is even if e + tie is.
-      signed_zero: bool, whether -0 stays -0.
-      carriers: names of the dtypes that hold every value of the format within their range; static.
-      has_tiny_values: whether e_min lies below that of float32, whose subnormals then have to be normalised; static.
-      addable: whether half the smallest step is a normal float32 and 2^(25 - M) times the largest value is finite, so
-        that float32 additions can round to nearest; static.
-    """
-
-    mantissa_bits: Any
-    min_exponent: Any
-    step_bits: Any
-    half_step_bits: Any
-    max_bits: Any
-    overflow_bits: Any
-    tie: Any
-    signed_zero: Any
-    carriers: tuple[str, ...] = field(metadata={"static": True})
-    has_tiny_values: bool = field(metadata={"static": True})
-    addable: bool = field(metadata={"static": True})
-
-    @staticmethod
-    def of(fmt: FloatFormat | str) -> "Grid":
-        """The grid of a format, as NumPy scalars.
-
-        Raises:
-          ValueError: an unknown name, or a format without sign or zero, which numbers are not rounded to here.
-        """
-        fmt = get_format(fmt)
-        if not (fmt.signed and fmt.has_zero):
-            raise ValueError(f"{fmt.name} holds only powers of two, no sign and no zero: it is for block scales")
-        largest = np.uint32(_largest_within_float32(fmt).view(np.uint32))
-        beyond = _INF if fmt.inf else largest if fmt.nan == "none" else _QUIET_NAN
-        return Grid(
-            mantissa_bits=np.int32(fmt.mantissa_bits),
-            min_exponent=np.int32(fmt.min_exponent),
-            step_bits=_power_bits(fmt.step_exponent),
-            half_step_bits=_power_bits(fmt.step_exponent - 1),
-            max_bits=largest,
-            overflow_bits=beyond,
-            tie=np.uint32(2 if fmt.mantissa_bits else (1 - fmt.min_exponent) % 2),
-            signed_zero=np.bool_(fmt.negative_zero),
-            carriers=tuple(n for n, (m, top) in CARRIERS.items() if fmt.mantissa_bits <= m and fmt.max <= top),
-            has_tiny_values=fmt.min_exponent < 1 - _BIAS,
-            addable=fmt.step_exponent - 1 >= 1 - _BIAS and fmt.max_exponent + 25 - fmt.mantissa_bits <= _BIAS,
-        )
-
-
-def stack_grids(formats: Sequence[FloatFormat | str]) -> Grid:
-    """The grids of several formats with a leading axis, for `vmap`."""
-    grids = [Grid.of(fmt) for fmt in formats]
-    carriers = tuple(name for name in CARRIERS if all(name in grid.carriers for grid in grids))
-    tiny = any(grid.has_tiny_values for grid in grids)
-    addable = all(grid.addable for grid in grids)
-    alike = [replace(grid, carriers=carriers, has_tiny_values=tiny, addable=addable) for grid in grids]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
-
-
-def _largest_within_float32(fmt: FloatFormat) -> np.float32:
-    """The format's largest finite value that float32 holds."""
-    if fmt.max_exponent > _BIAS:
-        return np.float32(2.0**_BIAS * (2.0 - 2.0**-fmt.mantissa_bits))
-    return np.float32(fmt.max)
-
-
-def _power_bits(exponent: int) -> np.uint32:
-    """The float32 bits of 2^exponent, subnormals included; 0 below them."""
-    if exponent >= 1 - _BIAS:
-        return np.uint32((exponent + _BIAS) << _MANTISSA)
-    return np.uint32((1 << (exponent + 149)) if exponent >= -149 else 0)
 
 
 def round_to_format(
@@ -170,56 +69,6 @@ def round_to_format(
     return straight_through(x, _from_bits(bits, x.dtype))
 
 
-def is_short(grid: Grid) -> bool:
-    """Whether the format is known, and of a kind that `round_bfloat16` takes."""
-    known = isinstance(grid.mantissa_bits, np.integer)
-    # With the last, blocks may be scaled by 2^k, |k| <= 126, without overflow of the thresholds.
-    return known and grid.mantissa_bits <= _SHORT_MANTISSA and grid.addable and grid.step_bits <= _power_bits(2)
-
-
-def round_bfloat16(x: Array, grid: Grid, overflow: str = "saturate", exponent: Array | int = 0) -> Array:
-    """2^k times x 2^-k rounded to nearest, in 16-bit integers: bfloat16, without gradient.
-
-    Args:
-      x: bfloat16; subnormal numbers count as 0 where k is not 0.
-      grid: a format that `is_short`.
-      overflow: as in `round_to_format`.
-      exponent: k, int32, of a shape that broadcasts to x's; no further from 0 than 126, and such that no finite x 2^-k
-        is 2^128 or more.
-    """
-    signed = lax.bitcast_convert_type(x, jnp.int16)
-    magnitude = signed & np.int16(0x7FFF)
-    step, half_step, largest, beyond = (
-        np.int16(bits >> 16) for bits in (grid.step_bits, grid.half_step_bits, grid.max_bits, grid.overflow_bits)
-    )
-    saturates = overflow == "saturate" or beyond == largest
-    top = largest if saturates else largest + np.int16(1 << _BFLOAT16_MANTISSA)
-    shift = (jnp.asarray(exponent) << _BFLOAT16_MANTISSA).astype(jnp.int16)
-    # What is less than half a step becomes 0 in the end, so that here it may be anything.
-    unscaled = _nearest_on_short_grid(jnp.clip(magnitude - shift, step, top), grid)
-    rounded = unscaled + shift if saturates else jnp.where(unscaled > largest, beyond, unscaled + shift)
-    largest_subnormal = np.int16((1 << _BFLOAT16_MANTISSA) - 1)
-    rounded = jnp.where(magnitude > jnp.maximum(half_step + shift, largest_subnormal), rounded, np.int16(0))
-    rounded = jnp.where(magnitude > np.int16(_INF >> 16), magnitude, rounded)
-    sign = signed & np.int16(-0x8000)
-    return lax.bitcast_convert_type((sign if grid.signed_zero else jnp.where(rounded == 0, 0, sign)) | rounded, x.dtype)
-
-
-def _nearest_on_short_grid(magnitude: Array, grid: Grid) -> Array:
-    """bfloat16 magnitudes, as int16 bits, from one step up; as if the format had no largest value."""
-    m, e_min = int(grid.mantissa_bits), int(grid.min_exponent)
-    # Mask of what is cut: one bit more in every binade below the smallest normal number.
-    rest = jnp.full_like(magnitude, (1 << (_BFLOAT16_MANTISSA - m)) - 1)
-    for below in range(m):
-        binade_end = np.int16((e_min - below + _BIAS) << _BFLOAT16_MANTISSA)
-        rest = jnp.where(magnitude < binade_end, np.int16((2 << (_BFLOAT16_MANTISSA - m + below)) - 1), rest)
-    # In binades of one value the lowest exponent bit has to tell whether the code is odd. The smallest step's, 1, is.
-    parity = e_min - m + _BIAS + 1 if grid.tie == 2 else _BIAS + int(grid.tie)
-    told = magnitude ^ np.int16((parity & 1) << _BFLOAT16_MANTISSA)
-    odd = jnp.minimum(told & (rest + np.int16(1)), np.int16(1))
-    return (magnitude + (rest >> 1) + odd) & ~rest
-
-
 def narrowed(x: Array, dtype: jnp.dtype) -> Array:
     """x.astype(dtype), for float32 values that the dtype holds: to bfloat16 without the work of rounding them.
 
@@ -244,13 +93,13 @@ def encode(
     _check(x, rounding, overflow, key)
     grid = Grid.of(fmt)
     bits = _round_bits(_bits(x), grid, rounding, overflow, key)
-    sign, magnitude = bits >> 31, bits & ~_SIGN
+    sign, magnitude = bits >> 31, bits & ~SIGN
     code = magnitude_codes(magnitude, grid)
     if fmt.inf_code is not None:
-        code = jnp.where(magnitude == _INF, np.uint32(fmt.inf_code), code)
+        code = jnp.where(magnitude == INF, np.uint32(fmt.inf_code), code)
     code = code | (sign << (fmt.bits - 1))
     nan_code = fmt.nan_code if fmt.nan_code is not None else fmt.magnitudes if fmt.negative_zero else 0
-    return jnp.where(magnitude > _INF, np.uint32(nan_code), code).astype(fmt.code_dtype)
+    return jnp.where(magnitude > INF, np.uint32(nan_code), code).astype(fmt.code_dtype)
 
 
 def magnitude_codes(magnitude: Array, grid: Grid) -> Array:
@@ -273,9 +122,9 @@ def magnitude_values(codes: Array, grid: Grid) -> Array:
     # significand 2^lsb, its leading one brought to where float32 has its own.
     lsb = jnp.maximum(field.astype(jnp.int32), 1) - 1 + jnp.asarray(grid.min_exponent) - mantissa_bits.astype(jnp.int32)
     width = 31 - lax.clz(significand).astype(jnp.int32)
-    exponent = lsb + width + _BIAS
-    fraction = (significand << (_MANTISSA - jnp.maximum(width, 0)).astype(jnp.uint32)) & np.uint32((1 << _MANTISSA) - 1)
-    bits = (exponent.astype(jnp.uint32) << _MANTISSA) | fraction
+    exponent = lsb + width + BIAS
+    fraction = (significand << (MANTISSA - jnp.maximum(width, 0)).astype(jnp.uint32)) & np.uint32((1 << MANTISSA) - 1)
+    bits = (exponent.astype(jnp.uint32) << MANTISSA) | fraction
     return jnp.where((significand > 0) & (exponent > 0), bits, np.uint32(0))
 
 
@@ -358,11 +207,11 @@ def _split(magnitude: Array, grid: Grid) -> tuple[Array, Array, Array]:
 
     Of float32's subnormals e is only known to be at most -126, unless the grid has normal numbers down there.
     """
-    field = (magnitude >> _MANTISSA).astype(jnp.int32)
-    fraction = magnitude & np.uint32((1 << _MANTISSA) - 1)
-    significand = jnp.where(field > 0, fraction | np.uint32(1 << _MANTISSA), fraction)
-    lsb_exponent = jnp.maximum(field, 1) - (_BIAS + _MANTISSA)
-    exponent = lsb_exponent + _MANTISSA
+    field = (magnitude >> MANTISSA).astype(jnp.int32)
+    fraction = magnitude & np.uint32((1 << MANTISSA) - 1)
+    significand = jnp.where(field > 0, fraction | np.uint32(1 << MANTISSA), fraction)
+    lsb_exponent = jnp.maximum(field, 1) - (BIAS + MANTISSA)
+    exponent = lsb_exponent + MANTISSA
     if grid.has_tiny_values:
         exponent = jnp.where(field > 0, exponent, 31 - lax.clz(magnitude).astype(jnp.int32) + lsb_exponent)
     return exponent, lsb_exponent, significand
@@ -370,10 +219,10 @@ def _split(magnitude: Array, grid: Grid) -> tuple[Array, Array, Array]:
 
 def _round_bits(bits: Array, grid: Grid, rounding: str, overflow: str, key: Array | None) -> Array:
     """`round_to_format` on float32 bits."""
-    sign = bits & _SIGN
+    sign = bits & SIGN
     magnitude = bits ^ sign
     # The largest value is on the grid, so what is no larger stays so. A binade above it nothing rounds to it.
-    top = grid.max_bits if overflow == "saturate" else grid.max_bits + np.uint32(1 << _MANTISSA)
+    top = grid.max_bits if overflow == "saturate" else grid.max_bits + np.uint32(1 << MANTISSA)
     bounded = jnp.minimum(magnitude, top)
     if rounding == "nearest" and grid.addable:
         rounded = _nearest_by_adding(bounded, grid)
@@ -389,7 +238,7 @@ def _round_by_cutting(magnitude: Array, grid: Grid, rounding: str, key: Array | 
     exponent, lsb_exponent, significand = _split(magnitude, grid)
     spacing_exponent = jnp.maximum(exponent, grid.min_exponent) - grid.mantissa_bits
     # Where more than 23 bits would be cut the magnitude is below one step, which is looked after separately.
-    cut = jnp.clip(spacing_exponent - lsb_exponent, 0, _MANTISSA).astype(jnp.uint32)
+    cut = jnp.clip(spacing_exponent - lsb_exponent, 0, MANTISSA).astype(jnp.uint32)
     rest = (np.uint32(1) << cut) - np.uint32(1)  # mask of what is cut
     if rounding == "nearest":
         # In a binade of one value there is no mantissa bit to tell which neighbour's code is even.
@@ -414,13 +263,13 @@ def _nearest_by_adding(magnitude: Array, grid: Grid) -> Array:
     In the binade of 2^e the sum with 2^(e + 23 - M) lies in that number's binade, where float32's spacing is the
     format's, and it is rounded to an even multiple of it: to the even code.
     """
-    smallest = (jnp.asarray(grid.min_exponent) + _BIAS).astype(jnp.uint32) << _MANTISSA
-    power = jnp.maximum(magnitude & _INF, smallest)
+    smallest = (jnp.asarray(grid.min_exponent) + BIAS).astype(jnp.uint32) << MANTISSA
+    power = jnp.maximum(magnitude & INF, smallest)
     # Without mantissa bits the lower neighbour is always the odd multiple, 1. Where its code is even, ties are made a
     # little less than ties.
-    even_below = ~((power >> _MANTISSA) - np.uint32(_BIAS) + grid.tie) & np.uint32(1)
+    even_below = ~((power >> MANTISSA) - np.uint32(BIAS) + grid.tie) & np.uint32(1)
     magnitude = magnitude - jnp.where(grid.tie == 2, np.uint32(0), even_below)
-    large = _floats(power + ((_MANTISSA - jnp.asarray(grid.mantissa_bits)).astype(jnp.uint32) << _MANTISSA))
+    large = _floats(power + ((MANTISSA - jnp.asarray(grid.mantissa_bits)).astype(jnp.uint32) << MANTISSA))
     return _bits((_floats(magnitude) + large) - large)
 
 
@@ -444,8 +293,8 @@ def _limit(rounded: Array, magnitude: Array, grid: Grid, rounding: str, overflow
     if overflow == "saturate":  # they were bounded before
         limited = rounded
     elif rounding == "toward_zero":  # what is finite stays finite
-        beyond = jnp.where(magnitude == _INF, grid.overflow_bits, grid.max_bits)
+        beyond = jnp.where(magnitude == INF, grid.overflow_bits, grid.max_bits)
         limited = jnp.where(rounded > grid.max_bits, beyond, rounded)
     else:
         limited = jnp.where(rounded > grid.max_bits, grid.overflow_bits, rounded)
-    return jnp.where(magnitude > _INF, _QUIET_NAN, limited)
+    return jnp.where(magnitude > INF, QUIET_NAN, limited)

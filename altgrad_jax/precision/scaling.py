@@ -12,16 +12,10 @@ import numpy as np
 from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat
+from altgrad_jax.precision.grid import Grid
 from altgrad_jax.precision.recipes import MX_BLOCK, RoleRecipe
-from altgrad_jax.precision.rounding import (
-    Grid,
-    has_native_cast,
-    is_short,
-    narrowed,
-    native_cast,
-    round_bfloat16,
-    round_to_format,
-)
+from altgrad_jax.precision.rounding import has_native_cast, narrowed, native_cast, round_to_format
+from altgrad_jax.precision.short_rounding import is_short, round_bfloat16
 from altgrad_jax.precision.statistics import RoleStats, count
 
 Array = jax.Array

@@ -8,7 +8,8 @@ import numpy as np
 from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat
-from altgrad_jax.precision.rounding import Grid, encode
+from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.rounding import encode
 
 Array = jax.Array
 SHARES = ("nonzero", "underflow", "overflow", "nan")

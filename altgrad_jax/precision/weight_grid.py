@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.grid import Grid
 from altgrad_jax.precision.recipes import MX_BLOCK, RoleRecipe
-from altgrad_jax.precision.rounding import Grid, magnitude_codes, magnitude_values, round_to_format
+from altgrad_jax.precision.rounding import magnitude_codes, magnitude_values, round_to_format
 from altgrad_jax.precision.scaling import (
     LARGEST_OPERAND,
     RoleState,

@@ -9,7 +9,7 @@ import pytest
 
 from altgrad_jax.diagnostics import gradients
 from altgrad_jax.precision.formats import get_format
-from altgrad_jax.precision.rounding import Grid, stack_grids
+from altgrad_jax.precision.grid import Grid, stack_grids
 from altgrad_jax.precision.weight_grid import WeightGrid, grid_of
 
 FORMATS = ("e5m2", "e4m3fn", "e3m4", "e0m7", "e7m0")

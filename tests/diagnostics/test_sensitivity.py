@@ -11,9 +11,9 @@ import pytest
 
 from altgrad_jax.diagnostics import sensitivity
 from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.precision.grid import Grid
 from altgrad_jax.precision.policy import TABLES, Policy, resolve
 from altgrad_jax.precision.recipes import ROLES
-from altgrad_jax.precision.rounding import Grid
 from altgrad_jax.precision.scaling import RoleState
 from altgrad_jax.state import init_params, model_structure
 from altgrad_jax.step import window_loss

@@ -14,7 +14,7 @@ from altgrad_jax.optimizers.madam import madam
 from altgrad_jax.optimizers.manifold import manifold_adamw
 from altgrad_jax.optimizers.stored import adamw_sr
 from altgrad_jax.precision.formats import get_format
-from altgrad_jax.precision.rounding import stack_grids
+from altgrad_jax.precision.grid import stack_grids
 from altgrad_jax.precision.weight_grid import WeightGrid
 from tests.optimizers import numpy_rules as rules
 

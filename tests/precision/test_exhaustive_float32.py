@@ -13,7 +13,8 @@ import pytest
 from jax import lax
 
 from altgrad_jax.precision.formats import get_format
-from altgrad_jax.precision.rounding import Grid, encode, has_native_cast, native_cast, round_to_format
+from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.rounding import encode, has_native_cast, native_cast, round_to_format
 from tests.precision.numpy_rounding import NATIVE, telling_inputs
 
 CHUNK = 2**24

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from altgrad_jax.precision import rounding as rounding_module
 from altgrad_jax.precision.formats import FloatFormat, family, get_format, registry
-from altgrad_jax.precision.rounding import OVERFLOWS, ROUNDINGS, Grid, encode, round_to_format, stack_grids
+from altgrad_jax.precision.grid import Grid, stack_grids
+from altgrad_jax.precision.rounding import OVERFLOWS, ROUNDINGS, encode, round_to_format
 from tests.precision.numpy_rounding import (
     NATIVE,
     SMALL,

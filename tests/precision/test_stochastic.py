@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from altgrad_jax.precision.formats import get_format
-from altgrad_jax.precision.rounding import Grid, encode, round_to_format
+from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.rounding import encode, round_to_format
 from altgrad_jax.precision.threefry import random_bits, threefry_2x32
 from tests.precision.numpy_rounding import assert_same, largest, neighbours, random_floats, same_bits, telling_inputs
 

@@ -20,9 +20,6 @@ from altgrad_jax.step import make_train_step
 MODEL = GPTConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=13, tie_embeddings=False, compute_dtype="float32"
 )
-SHAPES = layer_shapes(MODEL)
-DENSE = ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")
-LAYERS = [*(f"blocks.{i}.{name}" for i in range(2) for name in DENSE), "lm_head", "wte", "wpe"]
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (1, 4, MODEL.block_size + 1)).astype(np.int32)
 
 

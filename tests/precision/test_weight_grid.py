@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from altgrad_jax.precision.formats import get_format
+from altgrad_jax.precision.grid import Grid, stack_grids
 from altgrad_jax.precision.recipes import parse_recipe
-from altgrad_jax.precision.rounding import Grid, stack_grids
 from altgrad_jax.precision.scaling import initial_state, quantise
 from altgrad_jax.precision.weight_grid import WeightGrid, grid_of, policy_grid
 
