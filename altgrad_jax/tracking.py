@@ -152,6 +152,8 @@ def require_login(settings: Any) -> None:
 class Wandb:
     """Sends records to Weights & Biases, one run per work directory however often it resumes."""
 
+    _counter = 0
+
     def __init__(
         self, settings: Any, workdir: Path, run_id: str, config: dict[str, Any], earlier: Iterable[Record] = ()
     ):
@@ -199,7 +201,7 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
         # Offline, W&B knows nothing of earlier sessions: each would begin at its step 0, and when they are synced the
         # last would replace the others (wandb/wandb#5865, #11144). So each session holds the whole run.
-        self._offline, self._counter = settings.wandb == "offline", 0
+        self._offline = settings.wandb == "offline"
         if self._offline:
             for record in earlier:
                 self.log(record)
@@ -207,7 +209,7 @@ class Wandb:
     def log(self, record: Record) -> None:
         """Queues a record; W&B plots numbers, so texts stay in metrics.jsonl."""
         numbers = {key: value for key, value in record.items() if not isinstance(value, str)}
-        # W&B's own counter must not go back: after a rewind, and for a second record of one step, it counts on.
+        # W&B's own counter must not go back: after a rewind it stays until the run is past where it was.
         self._counter = max(self._counter, record["step"])
         self._run.log(numbers, step=self._counter if self._offline else None)
 

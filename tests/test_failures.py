@@ -22,8 +22,8 @@ def failures(workdir) -> list[tuple]:
     return [(f["step"], f["layer"], f["role"], f["kind"]) for f in summary(workdir)["failures"]]
 
 
-def tampered(step: int):
-    """From this step on mlp.down's update is a thousand times too long, and attn.proj has one direction left."""
+def tampered():
+    """From the first step on mlp.down's update is a thousand times too long, and attn.proj has one direction left."""
     apply = Weights.apply
 
     def apply_tampered(self, params, updates, grids):
@@ -33,19 +33,16 @@ def tampered(step: int):
         far = old["mlp"]["down"]["kernel"] + 1000 * move
         proj = new["blocks"][0]["attn"]["proj"]["kernel"]
         flat = jnp.outer(proj[:, 0], proj[0]) / jnp.maximum(jnp.abs(proj[0, 0]), 1e-3)
-        # The learning rate is 0 before: then there is no update, and nothing is done.
-        due = jnp.any(move != 0)
-        block["mlp"] = block["mlp"] | {"down": {"kernel": jnp.where(due, far, old["mlp"]["down"]["kernel"])}}
-        block["attn"] = block["attn"] | {"proj": {"kernel": jnp.where(due, flat, proj)}}
+        block["mlp"] = block["mlp"] | {"down": {"kernel": far}}
+        block["attn"] = block["attn"] | {"proj": {"kernel": flat}}
         return new | {"blocks": {**new["blocks"], 0: block}}
 
-    del step
     return mock.patch.object(Weights, "apply", apply_tampered)
 
 
 def test_overflow_stall_rank_and_blow_up(lab, tmp_path, capsys):
     rules = ((r".*qkv", "e5m2 x.scaling=static x.scale=1e6"), (r".*up", "e7m0"), (r"lm_head", "e5m2"))
-    with tampered(1):
+    with tampered():
         assert lab.train(tmp_path / "run", precision__rules=rules, optimizer__learning_rate=1e-5, **EVERY) == 0
     found = failures(tmp_path / "run")
     assert (1, "blocks.0.attn.qkv", "activation", "overflow") in found
@@ -54,13 +51,12 @@ def test_overflow_stall_rank_and_blow_up(lab, tmp_path, capsys):
     kinds = {(layer, kind) for _, layer, _, kind in found}
     assert ("blocks.0.mlp.up", "overflow") not in kinds and ("blocks.0.mlp.up", "rank") not in kinds
     out = capsys.readouterr().out
-    assert (
-        "blocks.0.attn.qkv   activation  overflow" in out and "warning: (overflow: blocks.0.attn.qkv activation" in out
-    )
+    assert "warning: (overflow: blocks.0.attn.qkv activation" in out
+    assert any(line.split()[:4] == ["1", "blocks.0.attn.qkv", "activation", "overflow"] for line in out.splitlines())
 
 
 def test_an_update_that_blows_up(lab, tmp_path):
-    with tampered(1):
+    with tampered():
         assert lab.train(tmp_path / "run", optimizer__learning_rate=1e-2, **EVERY) == 0
     found = failures(tmp_path / "run")
     assert (1, "blocks.0.mlp.down", "update", "blow-up") in found
