@@ -39,7 +39,7 @@ def make_diagnose_step(
     weights: Weights = FLOAT32_WEIGHTS,
     windows: int = 0,
     tokens: int = 64,
-    lanczos_steps: int = 8,
+    lanczos_steps: int = 6,
 ) -> Callable[..., Values]:
     """Builds diagnose(state, tokens_ABT1, **questions) -> values, for the step about to be taken on this batch.
 

@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.diagnostics.questions = ("gradients:100", "weights:100", "spectra:100")
     config.diagnostics.windows = 0  # windows of each device's batch that are measured; 0: all
     config.diagnostics.tokens = 64  # tokens of a window, one a device, that curvature and sensitivity look at
-    config.diagnostics.lanczos_steps = 8  # of curvature
+    config.diagnostics.lanczos_steps = 6  # of curvature
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100
