@@ -14,9 +14,11 @@ first row with a NaN names its origin, and not the layers that it spread to.
     stall      weights/<layer>/stall                   > 0.95   one update in twenty moves a rounded weight
     blow-up    weights/<layer>/relative_update         > 0.3    a step a third as long as the weight itself; 0.001 is
                                                                 usual. Not of biases, which begin at zero
-    rank       spectra/<layer>/effective_rank,         >= 0.3   share lost since the first record: the matrix collapses
-               spectra/<layer>/stable_rank             >= 0.15  into few directions. Less is allowed where all of the
-                                                                signal must pass: lm_head, wte and *.proj
+    rank       spectra/<layer>/effective_rank          >= 0.3   share lost since the first record: the matrix collapses
+                                                       >= 0.15  into few directions. Less is allowed where all of the
+                                                                signal must pass: lm_head, wte and *.proj. Not the
+                                                                stable rank, which falls by half in any healthy run,
+                                                                as one singular value grows
     loss       train/loss, val/loss                    not finite
 
 The role of gradient is "gradient", of stall and blow-up "update", of rank "weight"; loss has no layer and no role. A
@@ -45,7 +47,6 @@ KINDS = ("nan", "overflow", "underflow", "gradient", "stall", "blow-up", "rank",
 # The parts of a step, in its order.
 STAGES = ("weight", "activation", "train/loss", "gradient", "update", "val/loss")
 BACKWARD = ("gradient",)
-RANKS = ("effective_rank", "stable_rank")
 IN_BLOCK = ("norm_1", "attn.qkv", "attn.proj", "norm_2", "mlp.up", "mlp.down")
 
 
@@ -143,7 +144,7 @@ def _crossings(
                 yield "update", layer, "update", "stall", value, limits["stall"]
             case ["weights", layer, "relative_update"] if value > limits["blow-up"] and not layer.endswith(".bias"):
                 yield "update", layer, "update", "blow-up", value, limits["blow-up"]
-            case ["spectra", layer, what] if what in RANKS and not math.isnan(value):
+            case ["spectra", layer, "effective_rank"] if not math.isnan(value):
                 limit = limits["sensitive rank" if _is_sensitive(layer) else "rank"]
                 first = ranks.setdefault(key, value)
                 if first > 0 and value <= (1 - limit) * first:

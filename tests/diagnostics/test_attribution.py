@@ -24,8 +24,8 @@ def cases(records, **thresholds) -> list[tuple]:
         ("weights/wte/stall", 0.95, 0.96, ("wte", "update", "stall")),
         ("weights/wte/relative_update", 0.3, INF, ("wte", "update", "blow-up")),
         ("spectra/blocks.0.mlp.up/effective_rank", 10.0, 7.0, ("blocks.0.mlp.up", "weight", "rank")),
-        ("spectra/blocks.0.mlp.proj/stable_rank", 10.0, 8.5, ("blocks.0.mlp.proj", "weight", "rank")),
-        ("spectra/wte/stable_rank", 10.0, 0.0, ("wte", "weight", "rank")),
+        ("spectra/blocks.0.mlp.proj/effective_rank", 10.0, 8.5, ("blocks.0.mlp.proj", "weight", "rank")),
+        ("spectra/wte/effective_rank", 10.0, 0.0, ("wte", "weight", "rank")),
         ("train/loss", 1e30, NAN, ("", "", "loss")),
         ("val/loss", 9.0, INF, ("", "", "loss")),
     ],
@@ -53,11 +53,11 @@ def test_values_that_are_no_failures():
                 "weights/stall": 1.0,
                 "weights/blocks.0.attn.qkv.bias/relative_update": INF,  # the first step of a bias
                 "spectra/lm_head/rank_99": 1.0,
-                "spectra/lm_head/stable_rank": NAN,
+                "spectra/lm_head/effective_rank": NAN,
                 "train/grad_norm": INF,
             },
-            {"step": 1, "spectra/lm_head/stable_rank": 10.0, "spectra/blocks.0.mlp.up/stable_rank": 10.0},
-            {"step": 2, "spectra/lm_head/stable_rank": 8.6, "spectra/blocks.0.mlp.up/stable_rank": 7.1},
+            {"step": 1, "spectra/lm_head/effective_rank": 10.0, "spectra/blocks.0.mlp.up/effective_rank": 10.0},
+            {"step": 2, "spectra/lm_head/effective_rank": 8.6, "spectra/blocks.0.mlp.up/effective_rank": 7.1},
         ]
     )
 
@@ -140,8 +140,8 @@ def test_table_and_json():
     failures = first_failures(
         [
             {"step": 5, "quant/blocks.0.mlp.down/gradient/underflow": 0.31},
-            {"step": 120, "grads/lm_head/cosine": 0.5, "spectra/wte/stable_rank": 4.0, "train/loss": NAN},
-            {"step": 121, "spectra/wte/stable_rank": 3.0},
+            {"step": 120, "grads/lm_head/cosine": 0.5, "spectra/wte/effective_rank": 4.0, "train/loss": NAN},
+            {"step": 121, "spectra/wte/effective_rank": 3.0},
         ]
     )
     assert table(failures) == [
