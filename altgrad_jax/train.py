@@ -159,6 +159,7 @@ class Loop:
                 return "diverged"
             self.step += 1
             if before is not None:
+                jax.block_until_ready(self.state)  # the step's own time is not part of the pause
                 with self._meter.paused():
                     answers |= exp.measure_update(before, self.state)
             previous = (self.step, metrics, answers)
