@@ -70,7 +70,7 @@ def token_cross_entropy(
     def step(total, chunk_inputs):
         hidden_nC, targets_n = chunk_inputs
         if head is None:
-            logits_nV = matmul(hidden_nC, w_CV, compute_dtype, jnp.float32)
+            logits_nV = matmul(hidden_nC, w_CV, compute_dtype, jnp.float32, "lm_head")
         else:
             logits_nV = product_forward(hidden_nC, prepared)[0]
         return total + _chunk_loss(logits_nV, targets_n)[0], None
@@ -85,7 +85,9 @@ def _forward(hidden_NC, w_CV, targets_N, compute_dtype, chunk, head, loss_scale)
 
     def plain(hidden_nC, targets_n, index):
         del index
-        logits_nV, product_vjp = jax.vjp(lambda h, w: matmul(h, w, compute_dtype, jnp.float32), hidden_nC, w_CV)
+        logits_nV, product_vjp = jax.vjp(
+            lambda h, w: matmul(h, w, compute_dtype, jnp.float32, "lm_head"), hidden_nC, w_CV
+        )
         loss, dlogits_nV = _chunk_loss(logits_nV, targets_n)
         return loss, *product_vjp(dlogits_nV), None
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from altgrad_jax.precision.dot import Prepared, Probe, dequantised_table, matmul, quantised_matmul
+from altgrad_jax.precision.target import on_cpu, target_device
 
 Array = jax.Array
 # The quantised layers of a step, by path: what each multiplies with, and where its statistics go (a table has none).
@@ -66,7 +67,7 @@ def attention_implementation(config: GPTConfig) -> Implementation:
     if config.attention != "auto":
         return cast(Implementation, config.attention)
     fits = config.dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
+    return "cudnn" if target_device().platform == "gpu" and fits else "xla"
 
 
 class Linear(nnx.Module):
@@ -84,7 +85,7 @@ class Linear(nnx.Module):
         if self.path in quantised:
             y = quantised_matmul(x_NI, self.kernel[...], bias, *quantised[self.path], self.dtype)
         else:
-            y = matmul(x_NI, self.kernel[...], self.dtype, self.dtype)
+            y = matmul(x_NI, self.kernel[...], self.dtype, self.dtype, self.path)
             if bias is not None:
                 y = y + bias.astype(y.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -155,7 +156,7 @@ class Attention(nnx.Module):
         """Attends over the whole sequence."""
         q, k, v = self._heads(x_BTC, quantised)
         batch, time, heads, _ = q.shape
-        by_row = 4 * batch * heads * time * time > LARGE_SCORES and jax.default_backend() == "cpu"
+        by_row = 4 * batch * heads * time * time > LARGE_SCORES and on_cpu()
         y = (_attend_by_row if by_row else _attend)(q, k, v, self.implementation)
         return self.proj(y.reshape(x_BTC.shape), quantised)
 
@@ -278,7 +279,7 @@ class GPT(nnx.Module):
         if "lm_head" in quantised:
             flat = quantised_matmul(hidden_NC, w_CV, None, *quantised["lm_head"], jnp.dtype(jnp.float32))
         else:
-            flat = matmul(hidden_NC, w_CV, self.config.dtype, jnp.float32)
+            flat = matmul(hidden_NC, w_CV, self.config.dtype, jnp.float32, "lm_head")
         return flat.reshape(*hidden.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Array, quantised: Quantised = UNQUANTISED) -> Array:

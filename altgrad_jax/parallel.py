@@ -19,7 +19,7 @@ from altgrad_jax.state import TrainState
 from altgrad_jax.step import AXIS
 
 Array = jax.Array
-RunTrain = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
+Step = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
 RunDiagnose = Callable[..., dict[str, Any]]
 RunUpdateMeasure = Callable[[Any, Any], dict[str, Any]]
 RunEval = Callable[[TrainState, Array], Array]
@@ -68,10 +68,12 @@ class DataParallel:
       hosts: number of processes training together.
     """
 
-    def __init__(self, device_count: int = 0):
-        """Uses the first `device_count` local devices; 0 means all of them."""
+    def __init__(self, device_count: int = 0, devices: list[jax.Device] | None = None):
+        """Uses the first `device_count` local devices, 0 meaning all of them; or `devices`, to compile for."""
         self.hosts = jax.process_count()
         hosts = [jax.local_devices(process_index=host)[: device_count or None] for host in range(self.hosts)]
+        if devices is not None:
+            hosts = [devices]
         self.devices = hosts[jax.process_index()]
         self._everywhere = [device for devices in hosts for device in devices]
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
@@ -94,11 +96,15 @@ class DataParallel:
         lead = (count, -1) if microbatches is None else (count, microbatches, batch.shape[0] // (count * microbatches))
         return jax.device_put(batch.reshape(*lead, batch.shape[-1]), NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
-    def train_step(self, step: RunTrain) -> RunTrain:
+    def abstract_batch(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a batch, with the sharding that `shard` gives."""
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(self._mesh, PartitionSpec(AXIS)))
+
+    def train_step(self, step: Step) -> "DeviceStep":
         """(state, sharded batch) -> (state, metrics); the state passed in is donated."""
         return self._settled(self._pmap(step, donate=True))
 
-    def eval_step(self, step: RunEval) -> RunEval:
+    def eval_step(self, step: RunEval) -> "DeviceStep":
         """(state, sharded batch) -> metrics; the state is kept."""
         return self._settled(self._pmap(step, donate=False))
 
@@ -125,10 +131,8 @@ class DataParallel:
             donate_argnums=(0,) if donate else (),
         )
 
-    def _settled(self, run: Callable) -> Callable:
-        if not self._one_at_a_time:
-            return run
-        return lambda *args: jax.block_until_ready(run(*args))
+    def _settled(self, run: Any) -> "DeviceStep":
+        return DeviceStep(run, self._one_at_a_time)
 
     def to_global(self, tree: Any) -> Any:
         """Replicated over this host's devices -> replicated over all hosts' devices, as checkpoints store it."""
@@ -150,3 +154,22 @@ class DataParallel:
             return tree
         mesh = Mesh(np.array(self._everywhere), (AXIS,))
         return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())
+
+
+class DeviceStep:
+    """A step on its devices, called like the function that it was made of."""
+
+    def __init__(self, mapped: Any, one_at_a_time: bool):
+        self._mapped, self._one_at_a_time = mapped, one_at_a_time
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
+        out = self._mapped(*args)
+        return jax.block_until_ready(out) if self._one_at_a_time else out
+
+    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+        """The program for arguments like these, or of these shapes; a call with such arguments then runs this one.
+
+        With XLA `options` of its own it is a program apart.
+        """
+        return self._mapped.lower(*args).compile(compiler_options=options)

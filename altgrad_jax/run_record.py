@@ -16,6 +16,7 @@ from altgrad_jax.experiment import Experiment
 from altgrad_jax.model import parameter_counts
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
+from altgrad_jax.precision.audit import Audit
 from altgrad_jax.tracking import Record, json_value, read_metrics
 from altgrad_jax.weights import tree_bytes
 from altgrad_jax.workdir import Workdir
@@ -28,7 +29,7 @@ class Progress:
     Attributes:
       step: optimizer steps done.
       seconds: wall time over all sessions.
-      compile_seconds: time of this session's first step, compilation included.
+      compile_seconds: time that compiling the training step took in this session.
       parameter_sha256: hash of the final parameters; None unless the run has finished.
     """
 
@@ -39,7 +40,7 @@ class Progress:
 
 
 def write_manifest(
-    workdir: Workdir, exp: Experiment, identity: dict[str, Any], step: int, origin: str
+    workdir: Workdir, exp: Experiment, identity: dict[str, Any], step: int, origin: str, audited: Audit
 ) -> dict[str, Any]:
     """Writes manifest.json and config.json as a session begins, and returns the manifest.
 
@@ -51,6 +52,7 @@ def write_manifest(
       identity: `provenance.identity` of it.
       step: where the session begins.
       origin: where its state came from, for people.
+      audited: what the compiled step multiplies, and in which types.
     """
     before = workdir.read_json("manifest.json")
     if before is not None and before["identity"] != identity:
@@ -62,6 +64,7 @@ def write_manifest(
         "config": provenance.config_dict(exp.config),
         "resolved": exp.resolved(),
         "layers": exp.policy.table(),
+        "audit": audited.summary() | {"products": audited.lines()[:-1]},
         "parameters": parameter_counts(exp.model),
         "state_bytes": state_bytes(exp),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),

@@ -27,6 +27,8 @@ from altgrad_jax.errors import UserError
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
+from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.program import make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
 from altgrad_jax.state import TrainState, tree_sha256
@@ -66,7 +68,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
     with ExitStack() as cleanup:
         primary = is_primary()
         check_devices(config, jax.local_device_count(), jax.process_count())
-        experiment.make_policy(config)  # a mistake in the rules shows before any corpus is prepared
+        make_policy(config)  # a mistake in the rules shows before any corpus is prepared
         if primary:
             require_login(config.tracking)
         workdir = Workdir(workdir_path, lock=primary)
@@ -82,12 +84,14 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         if start.step >= config.train.steps and _is_recorded_as_finished(workdir, start.step):
             console.print(f"already finished: {workdir.path} is at step {start.step} of {config.train.steps}")
             return 0
-        manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin)
         print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
         for line in exp.policy.lines() if exp.policy.plans else ():
             console.print(f"  {line}", highlight=False, soft_wrap=True)
+        audited, compile_seconds = _compile(exp)
+        console.print(f"  {audited.headline()}", highlight=False, soft_wrap=True)
+        manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
-        loop = Loop(exp, checkpoints, sinks, start, run_identity, read_metrics(workdir.metrics))
+        loop = Loop(exp, checkpoints, sinks, start, run_identity, read_metrics(workdir.metrics), compile_seconds)
         try:
             with GracefulStop() as stop:
                 status = loop.run(stop)
@@ -102,6 +106,22 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         return {"finished": 0, "interrupted": stop.exit_code}.get(status, 1)
 
 
+def _compile(exp: experiment.Experiment) -> tuple[Audit, float]:
+    """Compiles the training step, before anything is written; what it multiplies, and the seconds that took.
+
+    Raises:
+      UserError: `precision.strict` and a product asked for in FP8 is not multiplied in FP8.
+    """
+    began = time.monotonic()
+    text = exp.compile_train().as_text() or ""
+    audited = audit(text, exp.policy, exp.config.precision.compute)
+    if exp.config.precision.strict and (shortfall := audited.shortfall()):
+        raise UserError(
+            f"precision.strict: {shortfall}; see python -m altgrad_jax.audit, or use precision.strict=False to run it"
+        )
+    return audited, time.monotonic() - began
+
+
 class Loop:
     """One session's steps. Arrays live in `state`; everything else here is bookkeeping on the host."""
 
@@ -113,9 +133,10 @@ class Loop:
         start: Start,
         run_identity: dict[str, Any],
         earlier: Sequence[Record] = (),
+        compile_seconds: float = 0.0,
     ):
         self.exp, self.state, self.step = exp, start.state, start.step
-        self.compile_seconds = 0.0
+        self.compile_seconds, self._stepped = compile_seconds, False
         self._skipped_batches = start.skipped_batches
         self._rewinds_left = exp.config.stability.rewinds - len(rewinds(earlier, start.step))
         self._answered = [record for record in earlier if is_answered(record)]
@@ -149,10 +170,9 @@ class Loop:
         while self.step < config.train.steps:
             batch = exp.shard(next(batches))
             answers, before = self._ask(batch)
-            began = time.monotonic()
             self.state, metrics = exp.run_train(self.state, batch)
-            if self.compile_seconds == 0.0:
-                self.compile_seconds = time.monotonic() - began
+            if not self._stepped:
+                self._stepped = True
                 self._meter.restart(self.step)
             # While the devices work on this step, the host sees to the one before.
             if previous is not None and self._log(self._fetch(*previous)):

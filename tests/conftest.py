@@ -3,13 +3,30 @@
 Tests that need one device say so: `DataParallel(1)`. The fixtures import JAX themselves, for many tests do without.
 """
 
+import gc
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+
+MANY_MAPS = 15_000  # Linux refuses a process more than 65 530 by default
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Drops compiled programs before they exhaust the memory maps of this process: each takes several."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

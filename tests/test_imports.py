@@ -25,9 +25,10 @@ LAYERS = (
     ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
     ("diagnose", "parallel", "checkpoint", "provenance", "cli"),
-    ("experiment", "formats"),
+    ("program", "formats"),
+    ("experiment",),
     ("run_record",),
-    ("train", "sample", "data.__main__"),
+    ("train", "sample", "audit", "data.__main__"),
     ("main",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,7 @@ def test_dropout_in_the_network():
 
 def test_attention_kernel_is_chosen_by_what_fits(monkeypatch):
     assert attention_implementation(TINY) == "xla"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("altgrad_jax.model.target_device", lambda: SimpleNamespace(platform="gpu"))
     bf16 = dataclasses.replace(TINY, compute_dtype="bfloat16")
     assert attention_implementation(bf16) == "cudnn"
     assert attention_implementation(TINY) == "xla"  # cuDNN takes 16-bit operands only

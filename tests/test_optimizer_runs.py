@@ -30,7 +30,12 @@ def losses(workdir) -> list[tuple]:
     return [(r["step"], r["train/loss"]) for r in read_metrics(workdir / "metrics.jsonl") if "train/loss" in r]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "sr" else pytest.mark.slow) for k in KINDS])
+def cases(kinds, in_ci: tuple[str, ...]) -> list:
+    """Those of the daily tests, `slow`, and the others, which are run by hand: two to four compilations each."""
+    return [pytest.param(k, marks=pytest.mark.slow if k in in_ci else pytest.mark.exhaustive) for k in kinds]
+
+
+@pytest.mark.parametrize("kind", cases(KINDS, ("sr", "packed grid", "ulps")))
 def test_resumed_to_the_bit(lab, tmp_path, kind):
     changes = RULES | KINDS[kind]
     assert lab.train(tmp_path / "whole", train__steps=6, **changes) == 0
@@ -56,8 +61,7 @@ def test_resumed_to_the_bit(lab, tmp_path, kind):
     assert any(found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["relative", "sr", "grid"])
+@pytest.mark.parametrize("kind", cases(("relative", "sr", "grid"), ("grid",)))
 def test_eight_devices_train_as_one(lab, tmp_path, kind):
     """The gradients' sums are in another order, so not to the bit; stochastic draws are the same on all devices."""
     for devices in (1, 8):
@@ -67,9 +71,13 @@ def test_eight_devices_train_as_one(lab, tmp_path, kind):
     assert [eight[step] for step in one] == pytest.approx(list(one.values()), rel=5e-3)
 
 
-@pytest.mark.slow
-def test_all_questions_on_eight_devices(lab, tmp_path):
-    questions = tuple(f"{name}:2" for name in ("gradients", "weights", "spectra", "curvature", "sensitivity"))
+@pytest.mark.parametrize(
+    "dear", [pytest.param(d, marks=pytest.mark.exhaustive if d else pytest.mark.slow) for d in (0, 1)]
+)
+def test_all_questions_on_eight_devices(lab, tmp_path, dear):
+    """Those answered from a step; with `dear` also those that are trainings of their own."""
+    names = ("gradients", "weights", "spectra", *(("curvature", "sensitivity") if dear else ()))
+    questions = tuple(f"{name}:2" for name in names)
     asked = RULES | {"diagnostics__questions": questions, "diagnostics__tokens": 16, "diagnostics__lanczos_steps": 4}
     for devices in (1, 8):
         assert lab.train(tmp_path / str(devices), parallel__devices=devices, train__steps=3, **asked) == 0
@@ -79,7 +87,7 @@ def test_all_questions_on_eight_devices(lab, tmp_path):
     assert [r["step"] for r in one] == [r["step"] for r in eight] == [1, 3]
     for name in ("grads/l2", "weights/stall", "weights/ulps_mean", "spectra/effective_rank", "spectra/spectral_norm"):
         assert eight[0][name] == pytest.approx(one[0][name], rel=2e-2), name
-    for record in (*one, *eight):
+    for record in (*one, *eight) if dear else ():
         assert np.isfinite(record["curvature/largest_eigenvalue"]) and record["sensitivity/worst"]
         assert np.isfinite(record["sensitivity/blocks.0.mlp.up/gradient"])
     assert lab.train(tmp_path / "unasked", train__steps=3, **RULES) == 0

@@ -7,7 +7,7 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 
-from altgrad_jax import experiment
+from altgrad_jax import experiment, program
 from altgrad_jax.config import validate
 from altgrad_jax.errors import UsageError
 from altgrad_jax.stability import Fallback, batch_of, event, rewinds
@@ -22,7 +22,7 @@ SKIP = {"stability__skip_nonfinite": True}
 
 def spoil(steps, value=math.nan):
     """Makes gradients of these steps, counted from 1, hold a value that is no number."""
-    make_train_step = experiment.make_train_step
+    make_train_step = program.make_train_step
 
     def make_spoilt(graphdef, optimizer, *args, **kwargs):
         from altgrad_jax import step
@@ -40,7 +40,7 @@ def spoil(steps, value=math.nan):
 
         return train_step
 
-    return mock.patch.object(experiment, "make_train_step", make_spoilt)
+    return mock.patch.object(program, "make_train_step", make_spoilt)
 
 
 def events(workdir: Path, kind: str | None = None) -> list[dict]:
@@ -92,7 +92,7 @@ def fallen(lab, tmp_path_factory):
     """Steps 4 to 7 are spoilt: after 5, and after 7, all layers gain a mantissa bit. Not to be changed."""
     workdir = tmp_path_factory.mktemp("fallen") / "run"
     made = []
-    make = experiment.make_train_step
+    make = program.make_train_step
 
     def counted(*args, **kwargs):
         inner = make(*args, **kwargs)
@@ -103,7 +103,7 @@ def fallen(lab, tmp_path_factory):
 
         return train_step
 
-    with mock.patch.object(experiment, "make_train_step", counted), spoil({4, 5, 6, 7}):
+    with mock.patch.object(program, "make_train_step", counted), spoil({4, 5, 6, 7}):
         assert fallback_run(lab, workdir) == 0
     return workdir, len(made)
 
@@ -170,7 +170,7 @@ def test_a_run_goes_back_and_on_with_other_batches(lab, tmp_path, capsys):
 
 def once(lab, workdir, steps, fail):
     """A run whose batches of the steps `fail`, as first taken, are poison: later ones are not."""
-    make = experiment.make_train_step
+    make = program.make_train_step
 
     def make_poisoned(*args, **kwargs):
         from altgrad_jax import step
@@ -189,7 +189,7 @@ def once(lab, workdir, steps, fail):
         return train_step
 
     changes = {"stability__nan_patience": 2, "stability__rewinds": 3, "checkpoint__every": 3, "train__eval_every": 100}
-    with mock.patch.object(experiment, "make_train_step", make_poisoned):
+    with mock.patch.object(program, "make_train_step", make_poisoned):
         return lab.train(workdir, train__steps=steps, **changes)
 
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from altgrad_jax import experiment, step
+from altgrad_jax import experiment, program, step
 from altgrad_jax import train as training
 from altgrad_jax.checkpoint import Checkpoints
 from altgrad_jax.errors import UserError
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.tracking import read_metrics
-from tests.runs import bits, checkpoint_steps, snapshot, summary, train_losses
+from tests.runs import Replaced, bits, checkpoint_steps, snapshot, summary, train_losses
 
 
 def test_what_a_finished_run_leaves(finished, lab):
@@ -102,7 +102,7 @@ def poison(values: dict[int, float]):
 
         return train_step
 
-    return mock.patch.object(experiment, "make_train_step", make_poisoned)
+    return mock.patch.object(program, "make_train_step", make_poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
@@ -169,7 +169,7 @@ def test_a_signal_at_any_moment_saves_and_leaves(lab, finished, tmp_path, monkey
 
     def build(*args):
         exp = experiment_build(*args)
-        return dataclasses.replace(exp, run_train=interrupted(exp.run_train))
+        return dataclasses.replace(exp, run_train=Replaced(exp.run_train, interrupted(exp.run_train)))
 
     workdir, experiment_build = tmp_path / "run", experiment.build
     with monkeypatch.context() as patch:
@@ -246,7 +246,7 @@ def test_one_copy_to_the_host_a_step(lab, tmp_path, monkeypatch):
                 assert reads == []
             return result
 
-        return dataclasses.replace(exp, run_train=run_train)
+        return dataclasses.replace(exp, run_train=Replaced(exp.run_train, run_train))
 
     monkeypatch.setattr(experiment, "build", build_counted)
     monkeypatch.setattr(jax, "device_get", counted_get)

@@ -4,26 +4,57 @@ A dense layer makes three products: y = x w forward, dx = g w^T and dw = x^T g b
 compute dtype; `quantised_matmul` rounds each of x, w and g to the format of its role first. Both accumulate in float32
 and give dw in float32, the dtype of the weight it updates; plain autodiff would form dw in the operands' dtype, and
 would cast the cotangents of an FP8 cast to FP8.
+
+Every product is traced under a name, `gemm_scope`, that the compiled program keeps: the audit knows it again there.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from altgrad_jax.precision.recipes import Recipe, RoleRecipe
 from altgrad_jax.precision.rounding import straight_through
 from altgrad_jax.precision.scaling import Operand, RoleState, quantise
 from altgrad_jax.precision.statistics import RoleStats, empty_stats
+from altgrad_jax.precision.target import on_cpu
 
 Array = jax.Array
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+def gemm_scope(path: str, product: str) -> AbstractContextManager:
+    """The name that a layer's product ("forward", "dx" or "dw") has in the compiled program."""
+    return jax.named_scope(f"gemm:{path}:{product}")
+
+
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int, precision: lax.Precision | None = None) -> Array:
     """Two matrices, one contracted axis each, float32 result."""
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+    contracted = (((contract_a,), (contract_b,)), ((), ()))
+    return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _backward_precision(prepared: "Prepared") -> lax.Precision | None:
+    """What tells XLA not to sum a gradient's FP8 products in the tensor cores' short accumulators (about 14 bits).
+
+    Forward the short ones are used, which is faster: as in Transformer Engine and flax.
+    """
+    return lax.Precision.HIGHEST if prepared.native else None
+
+
+def _padded(values_RC: Array) -> Array:
+    """FP8 operands with zeros up to a multiple of 64 along axes that are no multiple of 16.
+
+    cuBLASLt multiplies only multiples of 16. XLA would pad to the next of them, the weight in every chunk of the loss
+    anew; here it is done once, and to lengths that fill the tiles: a vocabulary of 50257 becomes 50304.
+    """
+    if values_RC.dtype.itemsize > 1:
+        return values_RC
+    widths = [(0, -size % 64 if size % 16 else 0, 0) for size in values_RC.shape]
+    return lax.pad(values_RC, np.zeros((), values_RC.dtype), widths)
 
 
 @jax.custom_batching.custom_vmap
@@ -54,19 +85,19 @@ def _transposed_copy(x_NI: Array) -> Array:
 _transposed_copy.defjvp(lambda x, tangent: (_transposed_copy(*x), tangent[0].T))
 
 
-def _weight_grad(x_NI: Array, g_NO: Array) -> Array:
+def _weight_grad(x_NI: Array, g_NO: Array, precision: lax.Precision | None = None) -> Array:
     """x^T g in float32.
 
     XLA's CPU kernels multiply 16-bit operands only when the left one is contracted over its last axis, and otherwise
     convert both to float32, at half the speed. So there x is transposed beforehand; GPU and TPU kernels take either.
     """
-    if jax.default_backend() == "cpu" and x_NI.dtype.itemsize == 2:
+    if on_cpu() and x_NI.dtype.itemsize == 2:
         return _dot(_transposed_copy(x_NI), g_NO, 1, 0)
-    return _dot(x_NI, g_NO, 0, 0)
+    return _dot(x_NI, g_NO, 0, 0, precision)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x_NI: Array, w_IO: Array, compute_dtype: jnp.dtype, out_dtype: jnp.dtype) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(x_NI: Array, w_IO: Array, compute_dtype: jnp.dtype, out_dtype: jnp.dtype, path: str = "") -> Array:
     """x w, multiplied in `compute_dtype` with float32 accumulation.
 
     Args:
@@ -74,25 +105,30 @@ def matmul(x_NI: Array, w_IO: Array, compute_dtype: jnp.dtype, out_dtype: jnp.dt
       w_IO: weights, [I, O], kept in float32 by the caller.
       compute_dtype: what both operands, and the gradient in the backward pass, are rounded to.
       out_dtype: dtype of the result; bfloat16 inside the network, float32 for logits.
+      path: the layer's name, for the audit.
 
     Returns:
       [N, O] in `out_dtype`. The gradient of x has x's dtype, the gradient of w has w's.
     """
-    return _matmul_forward(x_NI, w_IO, compute_dtype, out_dtype)[0]
+    return _matmul_forward(x_NI, w_IO, compute_dtype, out_dtype, path)[0]
 
 
-def _matmul_forward(x_NI, w_IO, compute_dtype, out_dtype):
+def _matmul_forward(x_NI, w_IO, compute_dtype, out_dtype, path):
     x, w = x_NI.astype(compute_dtype), w_IO.astype(compute_dtype)
     # Empty arrays carry the caller's dtypes to the backward pass: residuals must be arrays.
     like = jnp.zeros((0,), x_NI.dtype), jnp.zeros((0,), w_IO.dtype)
-    return _dot(x, w, 1, 0).astype(out_dtype), (x, w, like)
+    with gemm_scope(path, "forward"):
+        return _dot(x, w, 1, 0).astype(out_dtype), (x, w, like)
 
 
-def _matmul_backward(compute_dtype, out_dtype, residuals, g_NO):
+def _matmul_backward(compute_dtype, out_dtype, path, residuals, g_NO):
     del out_dtype
     x, w, (like_x, like_w) = residuals
     g = g_NO.astype(compute_dtype)
-    return _dot(g, w, 1, 1).astype(like_x.dtype), _weight_grad(x, g).astype(like_w.dtype)
+    with gemm_scope(path, "dx"):
+        dx_NI = _dot(g, w, 1, 1).astype(like_x.dtype)
+    with gemm_scope(path, "dw"):
+        return dx_NI, _weight_grad(x, g).astype(like_w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -122,6 +158,8 @@ class Prepared:
       gradient: scaling state of g.
       activation_key: PRNG key of its stochastic rounding, or None.
       gradient_key: likewise.
+      path: the layer's name.
+      shape: of its weight, (I, O); natively multiplied operands may be padded.
       recipe: how the operands are quantised.
       native: operands in the formats' own dtypes.
       axis_name: axis over which current amaxes are combined, or None.
@@ -134,6 +172,8 @@ class Prepared:
     gradient: RoleState
     activation_key: Array | None
     gradient_key: Array | None
+    path: str = field(metadata={"static": True})
+    shape: tuple[int, int] = field(metadata={"static": True})
     recipe: Recipe = field(metadata={"static": True})
     native: bool = field(metadata={"static": True})
     axis_name: str | None = field(metadata={"static": True})
@@ -164,14 +204,16 @@ def operand_pair(
 ) -> tuple[Operand, Operand, RoleStats]:
     """A matrix as the operand of its two products, contracted over `axes`, and what the (first) conversion did.
 
-    With one scale a tensor both are the same array, rounded once.
+    With one scale a tensor both are the same array, rounded once. Native operands may be padded.
     """
     quantised = partial(quantise, x_RC, role, state, native=native, axis_name=axis_name)
     first, stats = quantised(axes[0], key=key, collect=collect)
+    first = replace(first, values=_padded(first.values))
     if role.per_tensor:
         return first, first, stats
     other_key = None if key is None else jax.random.fold_in(key, 1)
-    return first, quantised(axes[1], key=other_key, collect=False)[0], stats
+    second = quantised(axes[1], key=other_key, collect=False)[0]
+    return first, replace(second, values=_padded(second.values)), stats
 
 
 def product_forward(x_NI: Array, prepared: Prepared) -> tuple[Array, Operand, RoleStats]:
@@ -180,18 +222,25 @@ def product_forward(x_NI: Array, prepared: Prepared) -> tuple[Array, Operand, Ro
     x, x_backward, stats = operand_pair(
         x_NI, p.recipe.activation, p.activation, (1, 0), p.native, p.activation_key, p.axis_name, p.collect
     )
-    y_NO = _dot(x.values, p.forward.values, 1, 0) * x.inverse_scale * p.forward.inverse_scale
+    with gemm_scope(p.path, "forward"):
+        product = _dot(x.values, p.forward.values, 1, 0)[: x_NI.shape[0], : p.shape[1]]
+        y_NO = product * x.inverse_scale * p.forward.inverse_scale
     return y_NO, x_backward, stats
 
 
 def product_backward(g_NO: Array, x: Operand, prepared: Prepared) -> tuple[Array, Array, RoleStats]:
     """dx = g w^T [N, I] and dw = x^T g [I, O], float32, and the statistics of g."""
     p = prepared
+    precision = _backward_precision(p)
     g, g_backward, stats = operand_pair(
         g_NO, p.recipe.gradient, p.gradient, (1, 0), p.native, p.gradient_key, p.axis_name, p.collect
     )
-    dx_NI = _dot(g.values, p.backward.values, 1, 1) * g.inverse_scale * p.backward.inverse_scale.T
-    dw_IO = _weight_grad(x.values, g_backward.values) * x.inverse_scale.T * g_backward.inverse_scale
+    with gemm_scope(p.path, "dx"):
+        product = _dot(g.values, p.backward.values, 1, 1, precision)[: g_NO.shape[0], : p.shape[0]]
+        dx_NI = product * g.inverse_scale * p.backward.inverse_scale.T
+    with gemm_scope(p.path, "dw"):
+        product = _weight_grad(x.values, g_backward.values, precision)[: p.shape[0], : p.shape[1]]
+        dw_IO = product * x.inverse_scale.T * g_backward.inverse_scale
     return dx_NI, dw_IO, stats
 
 

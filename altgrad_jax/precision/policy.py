@@ -20,12 +20,14 @@ from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
 from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
 from altgrad_jax.precision.statistics import RoleStats, over_devices
+from altgrad_jax.precision.target import fp8_hardware
 from altgrad_jax.precision.weight_grid import WeightGrid, policy_grid
 
 Array = jax.Array
 BACKENDS = ("auto", "native", "emulated")
 TABLES = ("wte", "wpe")
 UNIT_FORMATS = ("e4m3fn", "e5m2")  # operands of NVIDIA's FP8 matrix units (PTX ISA, mma and wgmma)
+MAY_CONVERT = "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
 LayerState = dict[str, RoleState]
 
 
@@ -142,6 +144,8 @@ class Policy:
                 gradient=roles.get("gradient", roles["weight"]),
                 activation_key=keys["activation"],
                 gradient_key=keys["gradient"],
+                path=plan.path,
+                shape=plan.shape,
                 recipe=plan.recipe,
                 native=plan.native,
                 axis_name=axis_name,
@@ -218,18 +222,6 @@ class Policy:
         return [f"{line} [{len(layers)} layers]" if len(layers) > 1 else line for line, layers in groups.items()]
 
 
-def native_hardware() -> str:
-    """What of this machine multiplies FP8: the name of its GPU; "" if nothing does.
-
-    FP8 matrix units came with NVIDIA's compute capability 8.9.
-    """
-    device = jax.local_devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    # AMD's GPUs have names there instead of numbers, and other FP8 formats.
-    fits = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.9
-    return device.device_kind if fits else ""
-
-
 def resolve(
     rules: Sequence[tuple[str, str]],
     shapes: Mapping[str, tuple[int, int]],
@@ -245,7 +237,7 @@ def resolve(
       shapes: layer -> shape of its weight.
       backend: "native" (the formats' own dtypes), "emulated" (the same values in wider ones), or "auto": native where
         this machine has matrix units for the formats.
-      strict: refuse a plan that this machine does not multiply in 8 bits.
+      strict: refuse a plan that this machine cannot multiply in 8 bits.
       traced: keep the formats in the state; such layers are emulated.
 
     Raises:
@@ -253,7 +245,7 @@ def resolve(
     """
     parsed = [parse_rule(rule) for rule in rules]
     used, plans = set(), []
-    hardware = native_hardware() if rules else ""
+    hardware = fp8_hardware() if rules else ""
     for path, shape in shapes.items():
         matching = [i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(path)]
         if not matching:
@@ -268,7 +260,8 @@ def resolve(
             how = "matches only layers that earlier rules have decided" if taken else "matches no layer"
             raise ValueError(f"precision rule {i + 1} ({pattern!r}, {text!r}) {how}; the layers are {_names(shapes)}")
     policy = Policy(tuple(plans), tuple(shapes.items()), traced)
-    if strict and (refused := [plan for plan in plans if plan.why and plan.path not in TABLES]):
+    # What XLA may do is found by auditing what it did.
+    if strict and (refused := [p for p in plans if p.why not in ("", MAY_CONVERT) and p.path not in TABLES]):
         raise ValueError(
             f"precision.strict: {len(refused)} layers would not be multiplied in 8 bits here, {refused[0].path} the"
             f" first: {refused[0].why}; use precision.strict=False to run them all the same"
@@ -317,9 +310,9 @@ def _obstacle(recipe: Recipe, hardware: str, traced: bool) -> str:
         return f"FP8 matrix units multiply {' and '.join(UNIT_FORMATS)}, not {others[0]}"
     e5m2 = get_format("e5m2")
     if recipe.gradient.fmt == e5m2 and e5m2 in (recipe.activation.fmt, recipe.weight.fmt):
-        return "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
+        return MAY_CONVERT
     if recipe.activation.fmt == recipe.weight.fmt == e5m2:
-        return "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
+        return MAY_CONVERT
     return ""
 
 

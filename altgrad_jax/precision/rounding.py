@@ -21,6 +21,7 @@ from jax import lax
 from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.grid import BIAS, CARRIERS, INF, MANTISSA, QUIET_NAN, SIGN, Grid
 from altgrad_jax.precision.short_rounding import is_short, round_bfloat16
+from altgrad_jax.precision.target import on_cpu
 from altgrad_jax.precision.threefry import random_bits
 
 Array = jax.Array
@@ -160,7 +161,7 @@ def native_cast(x: Array, fmt: FloatFormat, overflow: str = "saturate") -> Array
 
 def _native_is_faster() -> bool:
     """Whether casting to float8 and back beats the general path: not on CPUs, which take three times as long for it."""
-    return jax.default_backend() != "cpu"
+    return not on_cpu()
 
 
 def _native_round(x: Array, fmt: FloatFormat, overflow: str) -> Array:

@@ -51,7 +51,8 @@ def prepare(
     keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
     forward, backward, _ = operand_pair(w, recipe.weight, by_role["weight"], (0, 1), native, keys[1], None, collect)
     operands = forward, backward, by_role["activation"], by_role["gradient"], keys[0], keys[2]
-    return Prepared(*operands, recipe=recipe, native=native, axis_name=axis_name, collect=collect)
+    named = {"path": "layer", "shape": w.shape, "recipe": recipe}
+    return Prepared(*operands, **named, native=native, axis_name=axis_name, collect=collect)
 
 
 def run(x, w, bias, g, text: str, by_role=None, out_dtype=F32, **options) -> Results:

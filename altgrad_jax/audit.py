@@ -1,0 +1,97 @@
+"""What the compiled train step really multiplies, and in which types.
+
+    python -m altgrad_jax.audit --config=configs/hybrid.py                 # as it would run on this machine
+    python -m altgrad_jax.audit --config=configs/hybrid.py --gpu=h100      # compiled for a GPU that need not be here
+    python -m altgrad_jax.audit --config=configs/hybrid.py --hlo=step.txt  # a program's text, from another machine
+
+Lists every matrix product of the step: its layer and product (forward, dx, dw), the formats asked for, the types that
+meet, the engine, padding, transposes and accumulation. Without a GPU nothing can be timed, so with --gpu the engine is
+the one that --engine names; on a GPU XLA chooses by timing. Exit status: 0, or 1 if a product asked for in FP8 is not
+multiplied in FP8.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from altgrad_jax import cli
+from altgrad_jax.config import check_devices, validate
+from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu
+from altgrad_jax.program import build_program, make_policy
+
+CONFIG = cli.define_config()
+GPU = flags.DEFINE_enum("gpu", None, list(GPU_TARGETS), "Compile for this GPU, which need not be here.")
+ENGINE = flags.DEFINE_enum("engine", "cublaslt", ["cublaslt", "triton"], "With --gpu: what multiplies matrices.")
+HLO = flags.DEFINE_string("hlo", None, "Read this file of optimised HLO instead of compiling.")
+OUT = flags.DEFINE_string("out", None, "Write the audit to this file, as JSON.")
+SAVE_HLO = flags.DEFINE_string("save_hlo", None, "Write the compiled program's text to this file.")
+
+
+def main() -> int:
+    """Compiles, reads, prints."""
+    config = cli.read_config(CONFIG)
+    validate(config)
+    cli.quiet_libraries()
+    if GPU.value and HLO.value:
+        raise UsageError("--gpu compiles a program and --hlo reads one: give one of them")
+    if GPU.value:
+        text, found = compile_for(config, GPU.value, ENGINE.value)
+    else:
+        check_devices(config, jax.local_device_count(), jax.process_count())
+        text = _read(HLO.value) if HLO.value else build_program(config).compile_train().as_text() or ""
+        found = _audited(text, config)
+    for line in found.lines():
+        print(line)
+    if SAVE_HLO.value:
+        Path(SAVE_HLO.value).write_text(text)
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return 1 if found.fallbacks else 0
+
+
+def compile_for(config, gpu: str, engine: str) -> tuple[str, Audit]:
+    """The train step's text as compiled for a GPU that need not be here, and its audit.
+
+    Raises:
+      UserError: XLA's compiler for GPUs is not installed.
+    """
+    # Else JAX looks for a GPU and its driver first, and complains at length.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        device = absent_gpu(gpu)
+    except RuntimeError as e:
+        raise UserError(str(e)) from e
+    with jax.default_device(device):
+        options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": engine == "triton"}
+        try:
+            text = build_program(config, [device]).compile_train(options).as_text() or ""
+        except RuntimeError as e:
+            if "cuDNN" not in str(e):
+                raise
+            raise UserError(
+                f"cuDNN's attention cannot be compiled here ({str(e).splitlines()[0]}): pip install nvidia-cudnn-cu13,"
+                " or compile XLA's own with --config.model.attention=xla"
+            ) from e
+        return text, _audited(text, config)
+
+
+def _audited(text: str, config) -> Audit:
+    try:
+        return audit(text, make_policy(config), config.precision.compute)
+    except ValueError as e:
+        raise UserError(f"{HLO.value}: {e}") from e
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--hlo: {file} cannot be read: {e}") from e
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,162 @@
+"""From a configuration to the program that trains: model, precision, optimizer, and the step on its devices.
+
+It needs no data, and the devices need not be there: this is what the audit compiles, and what training runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from altgrad_jax.diagnostics.questions import parse_questions
+from altgrad_jax.errors import UsageError
+from altgrad_jax.loss_scale import LossScale, parse_loss_scale
+from altgrad_jax.model import GPTConfig, gpt_config, layer_shapes
+from altgrad_jax.optimizers import make_optimizer, make_schedule
+from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS, needs_formats
+from altgrad_jax.parallel import DataParallel, DeviceStep
+from altgrad_jax.precision.policy import Policy, resolve
+from altgrad_jax.precision.target import on_cpu
+from altgrad_jax.state import TrainState, init_params, init_state, model_structure
+from altgrad_jax.step import Counting, make_train_step
+from altgrad_jax.weights import Weights
+
+
+@dataclass(frozen=True)
+class Program:
+    """The training step that `config` describes, and the state that it takes.
+
+    Attributes:
+      config: the configuration, validated.
+      model: the network's shape.
+      graphdef: its structure, for `nnx.merge`.
+      policy: which layers are quantised, and how.
+      weights: what grids parameters live on, and how they are stored.
+      counting: what a step counts beside training.
+      loss_scale: what gradients are multiplied by while they are rounded.
+      optimizer: the gradient transformation.
+      parallel: the devices.
+      loss_chunk: most tokens a device whose logits exist at once.
+      run_train: (state, sharded batch) -> (state, metrics).
+    """
+
+    config: ConfigDict
+    model: GPTConfig
+    graphdef: Any
+    policy: Policy
+    weights: Weights
+    counting: Counting
+    loss_scale: LossScale
+    optimizer: optax.GradientTransformation
+    parallel: DataParallel
+    loss_chunk: int
+    run_train: DeviceStep
+
+    def fresh_state(self, params: Any = None) -> TrainState:
+        """The state before the first step, on the devices; `params` (consumed) instead of newly drawn ones if given."""
+
+        # Built where it will live: no copy of it ever exists on the host.
+        return jax.jit(self._initial, out_shardings=self.parallel.replicated, donate_argnums=0)(params)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without its arrays."""
+        return self.parallel.abstract(jax.eval_shape(self._initial, None))
+
+    def abstract_params(self) -> Any:
+        """Shapes of the float32 parameters, however they are stored, for weights of other runs."""
+        return self.parallel.abstract(jax.eval_shape(lambda: init_params(self.model, self.config.seed)))
+
+    def _initial(self, params: Any) -> TrainState:
+        if params is None:
+            params = init_params(self.model, self.config.seed)
+        counters = self.counting.init(params)
+        stored = self.weights.stored(params)
+        return init_state(stored, self.optimizer, self.policy.init(), self.loss_scale.init(), counters)
+
+    def abstract_batch(self) -> jax.ShapeDtypeStruct:
+        """Shape of a training batch as `shard` lays it out: [D, A, B, T + 1]."""
+        train, devices = self.config.train, len(self.parallel.devices)
+        parts = devices * jax.process_count() * train.grad_accumulation
+        shape = (devices, train.grad_accumulation, train.batch_size // parts, self.model.block_size + 1)
+        return self.parallel.abstract_batch(shape)
+
+    def compile_train(self, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+        """The training step, compiled for the shapes it is run with; `run_train` then runs this very program.
+
+        With XLA `options` of its own it is another program, to be looked at.
+        """
+        return self.run_train.compile(self.abstract_state(), self.abstract_batch(), options=options)
+
+
+def make_policy(config: ConfigDict) -> Policy:
+    """The precision rules applied to the model's layers, on this machine.
+
+    Raises:
+      UsageError: a rule is malformed, decides no layer, or cannot be run as `backend` and `strict` ask.
+    """
+    precision = config.precision
+    shapes = layer_shapes(gpt_config(config.model, precision.compute))
+    try:
+        traced = config.stability.fallback
+        return resolve(precision.rules, shapes, backend=precision.backend, strict=precision.strict, traced=traced)
+    except ValueError as e:
+        raise UsageError(f"config.precision: {e}") from e
+
+
+def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -> Program:
+    """Assembles the program; nothing is compiled yet.
+
+    Args:
+      config: validated.
+      devices: to compile for instead of this host's, which need not be there.
+    """
+    model = gpt_config(config.model, config.precision.compute)
+    graphdef = model_structure(model)
+    policy, loss_scale = make_policy(config), parse_loss_scale(config.train.loss_scale)
+    weights = make_weights(config, policy)
+    optimizer = make_optimizer(
+        config.optimizer, config.train.steps, weights.formats, config.seed, config.stability.relative_clip
+    )
+    counting = Counting(config.stability.skip_nonfinite, "gradients" in parse_questions(config.diagnostics.questions))
+    parallel = DataParallel(config.parallel.devices, devices)
+    # Small chunks save memory where it is slow to fault in, large ones keep an accelerator busy.
+    chunk = config.train.loss_chunk or (256 if on_cpu() else 4096)
+    return Program(
+        config=config,
+        model=model,
+        graphdef=graphdef,
+        policy=policy,
+        weights=weights,
+        counting=counting,
+        loss_scale=loss_scale,
+        optimizer=optimizer,
+        parallel=parallel,
+        loss_chunk=chunk,
+        run_train=parallel.train_step(
+            make_train_step(
+                graphdef,
+                optimizer,
+                make_schedule(config.optimizer, config.train.steps),
+                loss_chunk=chunk,
+                seed=config.seed,
+                policy=policy,
+                loss_scale=loss_scale,
+                weights=weights,
+                counting=counting,
+            )
+        ),
+    )
+
+
+def make_weights(config: ConfigDict, policy: Policy) -> Weights:
+    """How this run's parameters are kept."""
+    optimizer = config.optimizer
+    return Weights(
+        policy,
+        tied=config.model.tie_embeddings,
+        storage=optimizer.weights,
+        on_grid=optimizer.name in KEEP_TO_GRIDS,
+        reads_grids=needs_formats(optimizer) or config.stability.relative_clip,
+    )

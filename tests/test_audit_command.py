@@ -1,0 +1,152 @@
+"""The audit as a command and as part of a run: for this machine, for an H100 that is not here, from a file."""
+
+import gzip
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from altgrad_jax import experiment
+from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.errors import UserError
+from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu, fp8_hardware, on_cpu, target_device
+from altgrad_jax.train import _compile
+from tests.forks import run_module
+from tests.precision.test_audit import RECORDED
+from tests.runs import Lab
+from tests.test_cli_errors import assert_one_line
+
+HAS_GPU_COMPILER = importlib.util.find_spec("jax_cuda13_plugin") is not None
+needs_gpu_compiler = pytest.mark.skipif(not HAS_GPU_COMPILER, reason='needs pip install ".[gpu-compiler]"')
+SMALL = ["--config.model.n_layer=1", "--config.model.n_embd=64", "--config.model.n_head=2"]
+SMALL += ["--config.model.vocab_size=250", "--config.model.block_size=32", "--config.train.batch_size=4"]
+SMALL += ["--config.train.loss_chunk=64", "--config.model.attention=xla", "--config.parallel.devices=1"]
+
+
+def run_audit(tmp_path, *cases):
+    return run_module("altgrad_jax.audit", cases, tmp_path / "forks", ["altgrad_jax.program"])
+
+
+def experiment_with(lab: Lab, **changes) -> experiment.Experiment:
+    config = lab.config(**changes)
+    return experiment.build(config, open_corpus(config, progress=False))
+
+
+def test_the_audited_program_is_the_one_that_runs(lab):
+    """Compiling it first costs nothing: the first step finds it compiled."""
+    exp = experiment_with(lab, precision__rules=((".*", "hybrid"),))
+    state, batch = exp.fresh_state(), exp.shard(next(exp.batches.from_step(0)))
+    compiled = []
+    listen = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        exp.compile_train()
+        assert len(compiled) == 1
+        exp.run_train(state, batch)
+        assert len(compiled) == 1
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_it_is_in_the_manifest(lab, finished, tmp_path):
+    plain = json.loads((finished / "manifest.json").read_text())["audit"]
+    assert (plain["fp8_asked"], plain["fp8_got"], plain["not_found"]) == (0, 0, [])
+    assert any(line.startswith("blocks.*.mlp.down dw: asked bfloat16 x bfloat16") for line in plain["products"])
+    assert lab.train(tmp_path / "run", train__steps=1, precision__rules=(("blocks.*", "hybrid"),)) == 0
+    hybrid = json.loads((tmp_path / "run" / "manifest.json").read_text())["audit"]
+    assert (hybrid["fp8_asked"], hybrid["fp8_got"], hybrid["fp8_share"]) == (12, 0, 0.0)
+    assert hybrid["multiply_adds"] == plain["multiply_adds"]
+
+
+def test_strict_stops_a_run_whose_audit_falls_short(lab):
+    """What the rules alone cannot know: here that XLA converts FP8 operands before it multiplies them."""
+    exp = experiment_with(lab, precision__rules=(("lm_head", "e5m2"),), precision__backend="native")
+    assert _compile(exp)[0].summary()["fp8_got"] == 0
+    exp.config.precision.strict = True
+    with pytest.raises(UserError, match=r"precision.strict: 3 of 3 products asked for in FP8 are not.*strict=False"):
+        _compile(exp)
+
+
+def test_a_file_of_hlo(tmp_path):
+    text = tmp_path / "step.txt"
+    text.write_bytes(gzip.decompress((RECORDED / "h100_e5m2_triton.txt.gz").read_bytes()))
+    config = ["--config=configs/e5m2.py:quick", *SMALL]
+    good, fallen, broken, missing, both = run_audit(
+        tmp_path,
+        [*config, f"--hlo={text}", f"--out={tmp_path / 'audit.json'}"],
+        ["--config=configs/hybrid.py:quick", *SMALL],
+        [*config, f"--hlo={tmp_path / 'audit.json'}"],
+        [*config, f"--hlo={tmp_path / 'nothing'}"],
+        [*config, f"--hlo={text}", "--gpu=h100"],
+    )
+    assert good.code == 0 and "FP8 products: 15 asked for, 15 got" in good.out
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["summary"]["fp8_got"] == 15 and len(found["products"]) == 15
+    assert fallen.code == 1 and "FP8 products: 15 asked for, 0 got" in fallen.out and not fallen.err
+    assert_one_line(broken, 1, ["audit.json: this is no HLO text"])
+    assert_one_line(missing, 1, ["--hlo:", "cannot be read"])
+    assert_one_line(both, 2, ["--gpu compiles a program and --hlo reads one"])
+
+
+def test_unknown_gpus(tmp_path):
+    [unknown] = run_audit(tmp_path, ["--config=configs/e5m2.py:quick", "--gpu=h1000"])
+    assert unknown.code == 2 and "h100" in unknown.err
+    with pytest.raises(LookupError, match="unknown GPU 'h1000': give one of a100, h100, h200"):
+        absent_gpu("h1000")
+
+
+@pytest.mark.skipif(HAS_GPU_COMPILER, reason="it is here")
+def test_without_the_compiler(tmp_path):
+    [absent] = run_audit(tmp_path, ["--config=configs/e5m2.py:quick", "--gpu=h100", *SMALL])
+    assert_one_line(absent, 1, ["cannot compile for h100", 'pip install -e ".[gpu-compiler]"'])
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("name", list(GPU_TARGETS))
+def test_a_gpu_that_is_not_here(name):
+    device = absent_gpu(name)
+    assert on_cpu() and fp8_hardware() == ""
+    with jax.default_device(device):
+        assert target_device() == device and not on_cpu()
+        assert fp8_hardware() == ("" if name == "a100" else GPU_TARGETS[name].kind)
+    assert on_cpu()
+
+
+ON_AN_H100 = {
+    ("hybrid.py:quick", "cublaslt"): (15, "cuBLASLt FP8"),
+    ("e5m2.py:quick", "triton"): (15, "Triton"),
+    ("e5m2.py:quick", "cublaslt"): (0, "cuBLASLt"),
+    ("hybrid.py:quick", "triton"): (15, "Triton"),
+    ("e5m2_cast.py:quick", "triton"): (15, "Triton"),
+    ("format.py:e4m3,quick", "cublaslt"): (15, "cuBLASLt FP8"),
+    ("bf16.py:quick", "cublaslt"): (0, "cuBLASLt"),
+}
+
+
+def check_on_an_h100(tmp_path, config, engine):
+    """Compiles the whole train step with XLA's compiler for GPUs."""
+    got, by = ON_AN_H100[config, engine]
+    out = tmp_path / "audit.json"
+    command = [f"--config=configs/{config}", *SMALL, "--gpu=h100", f"--engine={engine}", f"--out={out}"]
+    [ended] = run_audit(tmp_path, command)
+    asked = 0 if config.startswith("bf16") else 15
+    assert ended.code == (0 if got == asked else 1), ended.err
+    found = json.loads(out.read_text())
+    assert (found["summary"]["fp8_asked"], found["summary"]["fp8_got"]) == (asked, got)
+    assert {gemm["engine"] for product in found["products"] for gemm in product["gemms"]} == {by}
+    assert found["summary"]["not_found"] == []
+
+
+@needs_gpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "engine"), list(ON_AN_H100)[:2])
+def test_what_an_h100_would_multiply(tmp_path, config, engine):
+    check_on_an_h100(tmp_path, config, engine)
+
+
+@needs_gpu_compiler
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("config", "engine"), list(ON_AN_H100)[2:])
+def test_what_an_h100_would_multiply_in_other_recipes(tmp_path, config, engine):
+    check_on_an_h100(tmp_path, config, engine)
