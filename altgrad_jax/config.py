@@ -20,7 +20,7 @@ from altgrad_jax.optimizers.factory import OPTIONS
 from altgrad_jax.optimizers.manifold import FORMS, PLACEMENTS
 from altgrad_jax.optimizers.rules import optimizer_violations
 from altgrad_jax.optimizers.stored import MOMENTS
-from altgrad_jax.precision.policy import BACKENDS, parse_rule
+from altgrad_jax.precision.policy import BACKENDS, KERNELS, parse_rule
 from altgrad_jax.stability import stability_violations
 from altgrad_jax.weights import STORAGES
 
@@ -36,6 +36,7 @@ CHOICES = {
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "precision.compute": ("bfloat16", "float32"),
     "precision.backend": BACKENDS,
+    "precision.kernel": KERNELS,
     "tracking.wandb": ("offline", "online", "disabled"),
 }
 AT_LEAST_ONE = (

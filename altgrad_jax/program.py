@@ -100,7 +100,14 @@ def make_policy(config: ConfigDict) -> Policy:
     shapes = layer_shapes(gpt_config(config.model, precision.compute))
     try:
         traced = config.stability.fallback
-        return resolve(precision.rules, shapes, backend=precision.backend, strict=precision.strict, traced=traced)
+        return resolve(
+            precision.rules,
+            shapes,
+            backend=precision.backend,
+            strict=precision.strict,
+            traced=traced,
+            kernel=precision.kernel,
+        )
     except ValueError as e:
         raise UsageError(f"config.precision: {e}") from e
 

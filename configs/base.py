@@ -69,6 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.precision.compute = "bfloat16"  # bfloat16 | float32: activations; operands of layers that no rule quantises
     config.precision.rules = ()  # ((pattern of layer paths, recipe), ...): the first match decides
     config.precision.backend = "auto"  # auto | native | emulated
+    config.precision.kernel = "xla"  # xla | pallas: what multiplies natively two operands of one FP8 type; docs/gpu.md
     config.precision.strict = False  # refuse to run where a quantised layer is not multiplied in 8 bits
 
     config.diagnostics = ConfigDict()

@@ -254,7 +254,7 @@ def _gemm(
         met=met,
         engine=engine,
         times=times,
-        fast_accumulation=_is_default_precision(instruction) if in_fp8 and engine != "Pallas" else None,
+        fast_accumulation=_is_default_precision(instruction) if in_fp8 else None,
         padding=_padding(shape, product, shapes.get(layer)),
         transposes=sum(_is_transposed(operand, computation, module) for operand in operands) if in_fp8 else 0,
         instruction=instruction.name,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul
 from altgrad_jax.precision.recipes import Recipe, RoleRecipe
 from altgrad_jax.precision.rounding import straight_through
 from altgrad_jax.precision.scaling import Operand, RoleState, quantise
@@ -31,8 +32,12 @@ def gemm_scope(path: str, product: str) -> AbstractContextManager:
     return jax.named_scope(f"gemm:{path}:{product}")
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int, precision: lax.Precision | None = None) -> Array:
-    """Two matrices, one contracted axis each, float32 result."""
+def _dot(
+    a: Array, b: Array, contract_a: int, contract_b: int, precision: lax.Precision | None = None, kernel: bool = False
+) -> Array:
+    """Two matrices, one contracted axis each, float32 result; by our own kernel, which takes two of one FP8 type."""
+    if kernel and a.dtype == b.dtype:
+        return fp8_matmul(a if contract_a else a.T, b if contract_b else b.T)
     contracted = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
 
@@ -85,7 +90,7 @@ def _transposed_copy(x_NI: Array) -> Array:
 _transposed_copy.defjvp(lambda x, tangent: (_transposed_copy(*x), tangent[0].T))
 
 
-def _weight_grad(x_NI: Array, g_NO: Array, precision: lax.Precision | None = None) -> Array:
+def _weight_grad(x_NI: Array, g_NO: Array, precision: lax.Precision | None = None, kernel: bool = False) -> Array:
     """x^T g in float32.
 
     XLA's CPU kernels multiply 16-bit operands only when the left one is contracted over its last axis, and otherwise
@@ -93,7 +98,7 @@ def _weight_grad(x_NI: Array, g_NO: Array, precision: lax.Precision | None = Non
     """
     if on_cpu() and x_NI.dtype.itemsize == 2:
         return _dot(_transposed_copy(x_NI), g_NO, 1, 0)
-    return _dot(x_NI, g_NO, 0, 0, precision)
+    return _dot(x_NI, g_NO, 0, 0, precision, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -162,6 +167,7 @@ class Prepared:
       shape: of its weight, (I, O); natively multiplied operands may be padded.
       recipe: how the operands are quantised.
       native: operands in the formats' own dtypes.
+      kernel: products of two operands of one type by `kernels.fp8_matmul`, not by an engine of XLA's.
       axis_name: axis over which current amaxes are combined, or None.
       collect: whether to gather all statistics, or only amax.
     """
@@ -176,6 +182,7 @@ class Prepared:
     shape: tuple[int, int] = field(metadata={"static": True})
     recipe: Recipe = field(metadata={"static": True})
     native: bool = field(metadata={"static": True})
+    kernel: bool = field(metadata={"static": True})
     axis_name: str | None = field(metadata={"static": True})
     collect: bool = field(metadata={"static": True})
 
@@ -223,7 +230,7 @@ def product_forward(x_NI: Array, prepared: Prepared) -> tuple[Array, Operand, Ro
         x_NI, p.recipe.activation, p.activation, (1, 0), p.native, p.activation_key, p.axis_name, p.collect
     )
     with gemm_scope(p.path, "forward"):
-        product = _dot(x.values, p.forward.values, 1, 0)[: x_NI.shape[0], : p.shape[1]]
+        product = _dot(x.values, p.forward.values, 1, 0, None, p.kernel)[: x_NI.shape[0], : p.shape[1]]
         y_NO = product * x.inverse_scale * p.forward.inverse_scale
     return y_NO, x_backward, stats
 
@@ -236,10 +243,10 @@ def product_backward(g_NO: Array, x: Operand, prepared: Prepared) -> tuple[Array
         g_NO, p.recipe.gradient, p.gradient, (1, 0), p.native, p.gradient_key, p.axis_name, p.collect
     )
     with gemm_scope(p.path, "dx"):
-        product = _dot(g.values, p.backward.values, 1, 1, precision)[: g_NO.shape[0], : p.shape[0]]
+        product = _dot(g.values, p.backward.values, 1, 1, precision, p.kernel)[: g_NO.shape[0], : p.shape[0]]
         dx_NI = product * g.inverse_scale * p.backward.inverse_scale.T
     with gemm_scope(p.path, "dw"):
-        product = _weight_grad(x.values, g_backward.values, precision)[: p.shape[0], : p.shape[1]]
+        product = _weight_grad(x.values, g_backward.values, precision, p.kernel)[: p.shape[0], : p.shape[1]]
         dw_IO = product * x.inverse_scale.T * g_backward.inverse_scale
     return dx_NI, dw_IO, stats
 

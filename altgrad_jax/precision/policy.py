@@ -20,11 +20,12 @@ from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
 from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
 from altgrad_jax.precision.statistics import RoleStats, over_devices
-from altgrad_jax.precision.target import fp8_hardware
+from altgrad_jax.precision.target import fp8_hardware, has_wgmma
 from altgrad_jax.precision.weight_grid import WeightGrid, policy_grid
 
 Array = jax.Array
 BACKENDS = ("auto", "native", "emulated")
+KERNELS = ("xla", "pallas")
 TABLES = ("wte", "wpe")
 UNIT_FORMATS = ("e4m3fn", "e5m2")  # operands of NVIDIA's FP8 matrix units (PTX ISA, mma and wgmma)
 MAY_CONVERT = "cuBLASLt multiplies no E5M2 by E5M2, XLA may convert to 16 bits"
@@ -40,6 +41,7 @@ class LayerPlan:
       shape: of its weight, (inputs, outputs), or (rows, width) of a table.
       recipe: how its operands are quantised.
       native: whether they are multiplied in the formats' own dtypes.
+      kernel: whether products of two operands of one type are left to `kernels.fp8_matmul`.
       why: why not, or what stands in the way of running in 8 bits; "" if nothing does.
     """
 
@@ -47,6 +49,7 @@ class LayerPlan:
     shape: tuple[int, int]
     recipe: Recipe
     native: bool
+    kernel: bool
     why: str
 
     @property
@@ -148,6 +151,7 @@ class Policy:
                 shape=plan.shape,
                 recipe=plan.recipe,
                 native=plan.native,
+                kernel=plan.kernel,
                 axis_name=axis_name,
                 collect=collect,
             )
@@ -199,7 +203,7 @@ class Policy:
             row: dict[str, Any] = {"layer": path, "shape": list(shape), "recipe": plan.recipe.name if plan else PLAIN}
             if plan:
                 row |= {role: plan.recipe.role(role).describe() for role in plan.roles}
-            row["backend"] = "16-bit" if plan is None else "native" if plan.native else "emulated"
+            row["backend"] = "16-bit" if plan is None else _backend(plan)
             rows.append(row | ({"note": plan.why} if plan and plan.why else {}))
         return rows
 
@@ -229,6 +233,7 @@ def resolve(
     backend: str = "auto",
     strict: bool = False,
     traced: bool = False,
+    kernel: str = "xla",
 ) -> Policy:
     """Applies the rules to a model's layers.
 
@@ -239,6 +244,7 @@ def resolve(
         this machine has matrix units for the formats.
       strict: refuse a plan that this machine cannot multiply in 8 bits.
       traced: keep the formats in the state; such layers are emulated.
+      kernel: what multiplies natively: "xla", its engines, or "pallas", our kernel where both operands have one type.
 
     Raises:
       ValueError: a bad pattern or recipe, a rule that decides no layer, or one that `backend` or `strict` refuses.
@@ -253,7 +259,7 @@ def resolve(
         used.add(matching[0])
         recipe = parsed[matching[0]][1]
         if recipe is not None:
-            plans.append(_plan(path, shape, recipe, backend, hardware, traced))
+            plans.append(_plan(path, shape, recipe, backend, hardware, traced, kernel == "pallas"))
     for i, (pattern, text) in enumerate(rules):
         if i not in used:
             taken = any(parsed[i][0].fullmatch(path) for path in shapes)
@@ -283,11 +289,13 @@ def parse_rule(rule: tuple[str, str]) -> tuple[re.Pattern, Recipe | None]:
         raise ValueError(f"precision rule {tuple(rule)!r}: the pattern is no regular expression: {e}") from None
 
 
-def _plan(path: str, shape: tuple[int, int], recipe: Recipe, backend: str, hardware: str, traced: bool) -> LayerPlan:
+def _plan(
+    path: str, shape: tuple[int, int], recipe: Recipe, backend: str, hardware: str, traced: bool, kernel: bool
+) -> LayerPlan:
     """How a layer is run, and what stands in the way of 8-bit multiplication."""
     why = _obstacle(recipe, hardware, traced)
     if path in TABLES:
-        return LayerPlan(path, shape, recipe, False, "rounded when looked up")
+        return LayerPlan(path, shape, recipe, False, False, "rounded when looked up")
     possible = not traced and all(runs_natively(recipe.role(role)) for role in ROLES)
     if backend == "native" and not possible:
         raise ValueError(f"precision.backend=native: {path} cannot run as {recipe.name!r}: {why}; use auto or emulated")
@@ -295,7 +303,25 @@ def _plan(path: str, shape: tuple[int, int], recipe: Recipe, backend: str, hardw
     native = backend == "native" or (backend == "auto" and possible and multiplied)
     if not native and not why:
         why = "precision.backend=emulated"
-    return LayerPlan(path, shape, recipe, native, why)
+    kernel = kernel and native and recipe_has_one_type(recipe)
+    if kernel and not has_wgmma():
+        raise ValueError(
+            f"precision.kernel=pallas: the kernel that would multiply {path} is made of instructions that compute"
+            " capability 9.0 (H100, H200) alone has; use precision.kernel=xla"
+        )
+    return LayerPlan(path, shape, recipe, native, kernel, "" if kernel and why == MAY_CONVERT else why)
+
+
+def recipe_has_one_type(recipe: Recipe) -> bool:
+    """Whether some product of the layer multiplies two operands of one type."""
+    x, w, g = (recipe.role(role).fmt for role in ROLES)
+    return x == w or g in (x, w)
+
+
+def _backend(plan: LayerPlan) -> str:
+    if plan.native:
+        return "native, Pallas kernel" if plan.kernel else "native"
+    return "emulated"
 
 
 def _obstacle(recipe: Recipe, hardware: str, traced: bool) -> str:

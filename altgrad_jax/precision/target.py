@@ -99,13 +99,22 @@ def on_cpu() -> bool:
     return target_device().platform == "cpu"
 
 
+def _capability() -> float:
+    """Compute capability of the target, an NVIDIA GPU; 0 if it is none."""
+    device = target_device()
+    text = str(getattr(device, "compute_capability", ""))
+    # AMD's GPUs have names there instead of numbers.
+    return float(text) if device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", text) else 0.0
+
+
 def fp8_hardware() -> str:
     """What there multiplies FP8: the name of the GPU; "" if nothing does.
 
-    FP8 matrix units came with NVIDIA's compute capability 8.9.
+    FP8 matrix units came with NVIDIA's compute capability 8.9; AMD's have other formats.
     """
-    device = target_device()
-    capability = str(getattr(device, "compute_capability", ""))
-    # AMD's GPUs have names there instead of numbers, and other FP8 formats.
-    fits = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.9
-    return device.device_kind if fits else ""
+    return target_device().device_kind if _capability() >= 8.9 else ""
+
+
+def has_wgmma() -> bool:
+    """Whether it has Hopper's warpgroup matrix instructions, which later architectures dropped."""
+    return _capability() == 9.0
