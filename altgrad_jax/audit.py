@@ -19,6 +19,7 @@ from absl import flags
 from altgrad_jax import cli
 from altgrad_jax.config import check_devices, validate
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.machine import check_device, check_xla_flags
 from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu
 from altgrad_jax.program import build_program, make_policy
@@ -36,11 +37,13 @@ def main() -> int:
     config = cli.read_config(CONFIG)
     validate(config)
     cli.quiet_libraries()
+    check_xla_flags()
     if GPU.value and HLO.value:
         raise UsageError("--gpu compiles a program and --hlo reads one: give one of them")
     if GPU.value:
         text, found = compile_for(config, GPU.value, ENGINE.value)
     else:
+        check_device()
         check_devices(config, jax.local_device_count(), jax.process_count())
         text = _read(HLO.value) if HLO.value else build_program(config).compile_train().as_text() or ""
         found = _audited(text, config)

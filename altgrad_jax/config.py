@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.loss_scale import parse_loss_scale
+from altgrad_jax.model import REMATS
 from altgrad_jax.optimizers.factory import OPTIONS
 from altgrad_jax.optimizers.manifold import FORMS, PLACEMENTS
 from altgrad_jax.optimizers.rules import optimizer_violations
@@ -37,6 +38,7 @@ CHOICES = {
     "precision.compute": ("bfloat16", "float32"),
     "precision.backend": BACKENDS,
     "precision.kernel": KERNELS,
+    "train.remat": REMATS,
     "tracking.wandb": ("offline", "online", "disabled"),
 }
 AT_LEAST_ONE = (
@@ -60,7 +62,7 @@ NOT_NEGATIVE = (
     ),
     *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices", "parallel.host"),
     *("optimizer.max_stiffness", "optimizer.rung_clip", "optimizer.update_clip", "optimizer.max_scale"),
-    *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall"),
+    *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall", "runtime.peak_tflops"),
 )
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
 

@@ -18,6 +18,7 @@ from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax.config import validate
+from altgrad_jax.machine import check_xla_flags
 from altgrad_jax.parallel import join_hosts
 from altgrad_jax.train import train
 
@@ -30,6 +31,7 @@ def main() -> int:
     config = cli.read_config(CONFIG)
     validate(config)
     cli.quiet_libraries()
+    check_xla_flags()
     join_hosts(config.parallel.coordinator, config.parallel.hosts, config.parallel.host)
     if config.runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.runtime.compilation_cache).expanduser()))

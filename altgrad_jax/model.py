@@ -7,7 +7,7 @@ H heads, D head width, V vocabulary, N tokens (B * T).
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ Array = jax.Array
 # The quantised layers of a step, by path: what each multiplies with, and where its statistics go (a table has none).
 Quantised = Mapping[str, tuple[Prepared, Probe | None]]
 UNQUANTISED: Quantised = {}
+REMATS = ("none", "block")
 INIT_STD = 0.02  # GPT-2, Radford et al. 2019
 NORM_EPS = 1e-5
 
@@ -41,6 +42,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     attention: str = "auto"
     compute_dtype: str = "bfloat16"
+    remat: str = "none"
 
     @property
     def head_dim(self) -> int:
@@ -233,6 +235,17 @@ class Block(nnx.Module):
         return x_BTC + self.mlp(self.norm_2(x_BTC).astype(self.dtype), quantised), k_BSHD, v_BSHD
 
 
+def _recomputed(block: Block) -> Callable[[Array, Array | None, Quantised], Array]:
+    """The block, of whose activations only the input is kept for the backward pass; the rest is computed again."""
+    graphdef, params = nnx.split(block)
+
+    @jax.checkpoint
+    def run(params: Any, x_BTC: Array, key: Array | None, quantised: Quantised) -> Array:
+        return nnx.merge(graphdef, params, copy=True)(x_BTC, key, quantised)
+
+    return lambda *inputs: run(params, *inputs)
+
+
 class GPT(nnx.Module):
     """The language model: tokens to hidden states, and hidden states to logits."""
 
@@ -268,9 +281,10 @@ class GPT(nnx.Module):
         keys = [None] * (self.config.n_layer + 1)
         if dropout_key is not None and self.config.dropout > 0.0:
             keys = list(jax.random.split(dropout_key, self.config.n_layer + 1))
+        remat = self.config.remat == "block"
         x_BTC = _dropout(self._embed(tokens_BT, 0, quantised), self.config.dropout, keys[-1])
         for block, key in zip(self.blocks, keys, strict=False):
-            x_BTC = block(x_BTC, key, quantised)
+            x_BTC = _recomputed(block)(x_BTC, key, quantised) if remat else block(x_BTC, key, quantised)
         return self.norm_f(x_BTC).astype(self.config.dtype)
 
     def logits(self, hidden: Array, quantised: Quantised = UNQUANTISED) -> Array:
@@ -347,7 +361,7 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
     return {"total": total, "without_embeddings": total - embeddings}
 
 
-def gpt_config(model: dict, compute_dtype: str) -> GPTConfig:
+def gpt_config(model: dict, compute_dtype: str, remat: str = "none") -> GPTConfig:
     """Builds a `GPTConfig` from the `model` section of a configuration."""
-    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"compute_dtype"}
-    return GPTConfig(**{name: model[name] for name in names}, compute_dtype=compute_dtype)
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"compute_dtype", "remat"}
+    return GPTConfig(**{name: model[name] for name in names}, compute_dtype=compute_dtype, remat=remat)

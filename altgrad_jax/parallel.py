@@ -82,6 +82,11 @@ class DataParallel:
         self._one_at_a_time = len(self.devices) > 1 and self.devices[0].platform == "cpu"
 
     @property
+    def device_count(self) -> int:
+        """Devices of all hosts."""
+        return len(self._everywhere)
+
+    @property
     def replicated(self) -> NamedSharding:
         """Sharding of an array that every local device holds whole."""
         return NamedSharding(self._mesh, PartitionSpec())

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError
+from altgrad_jax.flops import peak_of
 from altgrad_jax.loss_scale import LossScale, parse_loss_scale
 from altgrad_jax.model import GPTConfig, gpt_config, layer_shapes
 from altgrad_jax.optimizers import make_optimizer, make_schedule
@@ -39,6 +40,7 @@ class Program:
       optimizer: the gradient transformation.
       parallel: the devices.
       loss_chunk: most tokens a device whose logits exist at once.
+      peak_flops: 16-bit operations a second that one device is taken to be capable of; None if that is not known.
       run_train: (state, sharded batch) -> (state, metrics).
     """
 
@@ -52,6 +54,7 @@ class Program:
     optimizer: optax.GradientTransformation
     parallel: DataParallel
     loss_chunk: int
+    peak_flops: float | None
     run_train: DeviceStep
 
     def fresh_state(self, params: Any = None) -> TrainState:
@@ -119,7 +122,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -
       config: validated.
       devices: to compile for instead of this host's, which need not be there.
     """
-    model = gpt_config(config.model, config.precision.compute)
+    model = gpt_config(config.model, config.precision.compute, config.train.remat)
     graphdef = model_structure(model)
     policy, loss_scale = make_policy(config), parse_loss_scale(config.train.loss_scale)
     weights = make_weights(config, policy)
@@ -141,6 +144,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -
         optimizer=optimizer,
         parallel=parallel,
         loss_chunk=chunk,
+        peak_flops=peak_of(parallel.devices[0].device_kind, config.runtime.peak_tflops),
         run_train=parallel.train_step(
             make_train_step(
                 graphdef,

@@ -95,6 +95,9 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token"
         + ("" if floor is None else f", floor {floor:.4f} (no model can expect less)"),
         "steps": f"{step} to {config.train.steps}, {config.train.batch_size} windows each, from {origin}",
+        "peak": "not known (config.runtime.peak_tflops): train/mfu is not logged"
+        if exp.peak_flops is None
+        else f"{exp.peak_flops / 1e12:g} TFLOP/s a device in 16 bits, assumed for train/mfu",
         "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
     }
 

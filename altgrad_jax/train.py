@@ -24,10 +24,13 @@ from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
+from altgrad_jax.flops import model_flops_per_token
 from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.machine import check_device, memory_errors
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
 from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.profiling import StepTrace
 from altgrad_jax.program import make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
@@ -36,6 +39,9 @@ from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics,
 from altgrad_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
+WHAT_SAVES_MEMORY = (
+    "set config.train.remat='block', raise config.train.grad_accumulation, or lower config.train.batch_size"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
       UserError: anything the user can mend; nothing of an earlier session is lost.
     """
     with ExitStack() as cleanup:
+        check_device()
         primary = is_primary()
         check_devices(config, jax.local_device_count(), jax.process_count())
         make_policy(config)  # a mistake in the rules shows before any corpus is prepared
@@ -92,8 +99,10 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         loop = Loop(exp, checkpoints, sinks, start, run_identity, read_metrics(workdir.metrics), compile_seconds)
+        loop.trace = StepTrace(workdir.path / "profile" if config.profile else None)
+        cleanup.callback(loop.trace.close)
         try:
-            with GracefulStop() as stop:
+            with GracefulStop() as stop, memory_errors(WHAT_SAVES_MEMORY):
                 status = loop.run(stop)
                 checkpoints.wait()
         except BaseException:
@@ -113,7 +122,8 @@ def _compile(exp: experiment.Experiment) -> tuple[Audit, float]:
       UserError: `precision.strict` and a product asked for in FP8 is not multiplied in FP8.
     """
     began = time.monotonic()
-    text = exp.compile_train().as_text() or ""
+    with memory_errors(WHAT_SAVES_MEMORY):
+        text = exp.compile_train().as_text() or ""
     audited = audit(text, exp.policy, exp.config.precision.compute)
     if exp.config.precision.strict and (shortfall := audited.shortfall()):
         raise UserError(
@@ -146,6 +156,7 @@ class Loop:
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
         self._fallback = make_fallback(exp.config.stability)
         self._floor = exp.cache.entropy_floor(exp.eval_split)
+        self.trace = StepTrace(None)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
 
     @property
@@ -170,7 +181,10 @@ class Loop:
         while self.step < config.train.steps:
             batch = exp.shard(next(batches))
             answers, before = self._ask(batch)
+            self.trace.before()
             self.state, metrics = exp.run_train(self.state, batch)
+            if self.trace.after(metrics):
+                self._meter.restart(self.step)
             if not self._stepped:
                 self._stepped = True
                 self._meter.restart(self.step)
@@ -252,7 +266,15 @@ class Loop:
     def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> Record:
         """A step's metrics on the host, waiting for the step to end: the only copy from the devices in most steps."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        return {"step": step, **values, "train/tokens_per_second": self._meter.rate(step), **answers}
+        return {"step": step, **values, **self._speed(step), **answers}
+
+    def _speed(self, step: int) -> Record:
+        """Tokens a second, and the share of the devices' peak that makes, where that is known."""
+        speed: Record = {"train/tokens_per_second": self._meter.rate(step)}
+        if self.exp.peak_flops is not None:
+            operations = speed["train/tokens_per_second"] * model_flops_per_token(self.exp.model)
+            speed["train/mfu"] = operations / (self.exp.peak_flops * self.exp.parallel.device_count)
+        return speed
 
     def _evaluate(self) -> Record:
         """The validation loss of the current parameters."""

@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.eval_every = 100
     config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation
     config.train.loss_scale = "1"  # factor on the gradients while they are rounded: a number, or "dynamic"
+    config.train.remat = "none"  # none | block: recompute a block's activations backward, which saves their memory
     config.train.loss_chunk = 0  # tokens whose logits exist at once, per device; 0: 256 on a CPU, else 4096
 
     config.optimizer = ConfigDict()
@@ -112,6 +113,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.runtime = ConfigDict()
     config.runtime.compilation_cache = config_dict.placeholder(str)  # folder of compiled programs
+    config.runtime.peak_tflops = 0.0  # 16-bit peak of one device, for train/mfu; 0: the data sheet's, where it is known
+    config.profile = False  # trace steps 6 to 10 of the session into WORKDIR/profile, for XProf and Perfetto
 
     if variant == "quick":
         _make_quick(config)

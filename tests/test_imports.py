@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 LAYERS = (
     ("__init__", "errors", "allocator", "interrupt", "meter"),
     ("precision",),
-    ("model", "losses", "optimizers", "loss_scale", "stability"),
-    ("weights",),
+    ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
+    ("weights", "flops"),
     ("state",),
     ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),

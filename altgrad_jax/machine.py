@@ -1,0 +1,87 @@
+"""What can be wrong with the machine, said in one line: XLA's flags, the device, its memory."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from altgrad_jax.errors import UsageError, UserError
+
+log = logging.getLogger(__name__)
+# XLA names the size by digits ("Out of memory allocating 123 bytes") or by units ("trying to allocate 1.50GiB").
+_SIZE = re.compile(r"allocat\w* (?:request for )?([\d.,]+ ?(?:[KMGT]i?)?B(?:ytes)?\b|\d+ bytes)", re.IGNORECASE)
+
+
+def check_xla_flags() -> None:
+    """Refuses flags that this version of XLA does not know; call before JAX touches a device.
+
+    XLA ends the process at the first of them, with a core dump for a message; so another process tries them.
+
+    Raises:
+      UsageError: naming the flag.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if not given or _accepted(given):
+        return
+    refused = [flag for flag in given.split() if not _accepted(flag)]
+    raise UsageError(
+        f"XLA_FLAGS: XLA of jaxlib {jax.lib.__version__} does not take {' '.join(refused) or given}; correct it"
+    )
+
+
+def _accepted(flags: str) -> bool:
+    program = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment).returncode == 0
+
+
+def check_device() -> None:
+    """Sees whether JAX can use the device it was told to, and says if there is a GPU that it does not use.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        device = jax.local_devices()[0]
+    except (RuntimeError, AssertionError) as e:  # the latter where a platform that is asked for is not installed
+        reason = " ".join(str(e).split())[:300] or "nothing of that kind is installed"
+        raise UserError(
+            f"JAX cannot start on JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '(not set)')}: {reason}; for an NVIDIA"
+            ' GPU pip install ".[cuda13]" or ".[cuda12]"; JAX_PLATFORMS=cpu does without'
+        ) from e
+    if device.platform == "cpu" and Path("/dev/nvidia0").exists() and not os.environ.get("JAX_PLATFORMS"):
+        log.warning('an NVIDIA GPU is here, but JAX runs on the CPU: pip install ".[cuda13]" or ".[cuda12]"')
+
+
+@contextmanager
+def memory_errors(settings: str) -> Iterator[None]:
+    """Turns XLA's "out of memory" into one line.
+
+    Args:
+      settings: what the user can change, for people.
+
+    Raises:
+      UserError: naming the size that was asked for, the device and its memory, and the settings.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as e:
+        text = str(e)
+        if not isinstance(e, MemoryError) and not re.search("RESOURCE_EXHAUSTED|out of memory", text, re.IGNORECASE):
+            raise
+        found = _SIZE.search(text)
+        asked = f" for {found[1]}" if found else ""
+        raise UserError(f"out of memory{asked} on {_device_memory()}; {settings}") from e
+
+
+def _device_memory() -> str:
+    """The first device and how much memory it lets programs have, where it says."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return f"{device.device_kind} ({limit / 2**30:.1f} GiB)" if limit else device.device_kind
