@@ -84,7 +84,7 @@ def compile_for(config, gpu: str, engine: str) -> tuple[str, Audit]:
 
 def _audited(text: str, config) -> Audit:
     try:
-        return audit(text, make_policy(config), config.precision.compute)
+        return audit(text, make_policy(config), config.precision.compute, config.train.steps_per_dispatch)
     except ValueError as e:
         raise UserError(f"{HLO.value}: {e}") from e
 

@@ -43,7 +43,14 @@ CHOICES = {
 }
 AT_LEAST_ONE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_size"),
-    *("train.steps", "train.batch_size", "train.grad_accumulation", "train.log_every", "train.eval_every"),
+    *(
+        "train.steps",
+        "train.batch_size",
+        "train.grad_accumulation",
+        "train.steps_per_dispatch",
+        "train.log_every",
+        "train.eval_every",
+    ),
     *("train.eval_batches", "checkpoint.every", "checkpoint.max_to_keep"),
     *("stability.nan_patience", "stability.fallback_patience", "parallel.hosts"),
     *("diagnostics.tokens", "diagnostics.lanczos_steps"),
@@ -64,6 +71,7 @@ NOT_NEGATIVE = (
     *("optimizer.max_stiffness", "optimizer.rung_clip", "optimizer.update_clip", "optimizer.max_scale"),
     *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall", "runtime.peak_tflops"),
 )
+DIAGNOSTIC_INTERVALS = ("diagnostics.quant_every", "diagnostics.shadow_every")
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
 
 
@@ -170,6 +178,7 @@ def _violations(config: ConfigDict) -> Iterator[str]:
     except UsageError as e:
         yield str(e)
     yield from _cross_field_violations(config)
+    yield from _dispatch_violations(config)
 
 
 def _precision_violations(config: ConfigDict) -> Iterator[str]:
@@ -213,6 +222,29 @@ def _cross_field_violations(config: ConfigDict) -> Iterator[str]:
         yield "config.data.name=files needs config.data.path, a text file or a folder of them"
     if data.path and data.name != "files":
         yield f"config.data.path is read only with config.data.name=files, not {data.name!r}"
+
+
+def _dispatch_violations(config: ConfigDict) -> Iterator[str]:
+    """What several steps in one program leave no room for: anything that happens between two of them."""
+    count = config.train.steps_per_dispatch
+    if count <= 1:
+        return
+    at_steps = {
+        f"config.{key}": get(config, key)
+        for key in ("train.steps", "train.eval_every", "checkpoint.every", *DIAGNOSTIC_INTERVALS)
+    }
+    try:
+        questions = parse_questions(config.diagnostics.questions)
+    except UsageError:
+        return  # reported on its own
+    at_steps |= {f"config.diagnostics.questions, {name},": every for name, every in questions.items()}
+    for name, steps in at_steps.items():
+        if steps % count:
+            yield f"{name}={steps} is no multiple of config.train.steps_per_dispatch={count}"
+    if "weights" in questions:
+        yield "the question 'weights' looks at single steps: leave it out, or config.train.steps_per_dispatch=1"
+    if config.stability.fallback:
+        yield "config.stability.fallback looks at single steps: it needs config.train.steps_per_dispatch=1"
 
 
 def check_devices(config: ConfigDict, local_devices: int, hosts: int) -> None:

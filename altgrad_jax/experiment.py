@@ -3,6 +3,7 @@
 The training loop and the benchmarks start here, so what they run is the same program.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,11 @@ class Experiment(Program):
     run_diagnose: RunDiagnose
     run_update_measure: RunUpdateMeasure
 
+    def next_batch(self, batches: Iterator[npt.NDArray[np.int32]]) -> jax.Array:
+        """The batch of the next dispatch, on the devices: of one step, or of several, stacked."""
+        steps = self.config.train.steps_per_dispatch
+        return self.shard(next(batches) if steps == 1 else np.stack([next(batches) for _ in range(steps)]))
+
     def shard(self, batch: npt.NDArray[np.int32]) -> jax.Array:
         """Puts a training batch of this host on its devices, cut into microbatches."""
         return self.parallel.shard(batch, self.config.train.grad_accumulation)
@@ -64,9 +70,11 @@ class Experiment(Program):
         return frozenset(name for name, steps in intervals.items() if steps and step % steps == 0)
 
     def diagnose(self, state: TrainState, batch: jax.Array, questions: frozenset[str]) -> Record:
-        """The answers about the step to be taken on this batch, named; waits for them."""
+        """The answers about the (first) step to be taken on this batch, named; waits for them."""
         if not questions:
             return {}
+        if self.config.train.steps_per_dispatch > 1:
+            batch = batch[:, 0]
         values: dict[str, Any] = {}
         if of_step := sorted(questions - {"spectra"}):
             values |= self.run_diagnose(state, batch, **dict.fromkeys(of_step, True))

@@ -96,10 +96,17 @@ class DataParallel:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), tree)
 
     def shard(self, batch: np.ndarray, microbatches: int | None = None) -> Array:
-        """Splits this host's rows over its devices: [D * ..., T + 1] -> [D, (A,) B, T + 1], on the devices."""
+        """Splits this host's rows over its devices, on them: [..., D * ..., T + 1] -> [D, ..., (A,) B, T + 1].
+
+        An axis before the rows, of steps, stays after that of the devices.
+        """
         count = len(self.devices)
-        lead = (count, -1) if microbatches is None else (count, microbatches, batch.shape[0] // (count * microbatches))
-        return jax.device_put(batch.reshape(*lead, batch.shape[-1]), NamedSharding(self._mesh, PartitionSpec(AXIS)))
+        *steps, rows, length = batch.shape
+        split = (
+            (count, rows // count) if microbatches is None else (count, microbatches, rows // (count * microbatches))
+        )
+        batch = np.moveaxis(batch.reshape(*steps, *split, length), len(steps), 0)
+        return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     def abstract_batch(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch, with the sharding that `shard` gives."""

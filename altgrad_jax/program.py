@@ -3,6 +3,7 @@
 It needs no data, and the devices need not be there: this is what the audit compiles, and what training runs.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +12,24 @@ import optax
 from ml_collections import ConfigDict
 
 from altgrad_jax.diagnostics.questions import parse_questions
-from altgrad_jax.errors import UsageError
+from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.flops import peak_of
 from altgrad_jax.loss_scale import LossScale, parse_loss_scale
+from altgrad_jax.machine import memory_errors
 from altgrad_jax.model import GPTConfig, gpt_config, layer_shapes
 from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS, needs_formats
 from altgrad_jax.parallel import DataParallel, DeviceStep
+from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.precision.target import on_cpu
 from altgrad_jax.state import TrainState, init_params, init_state, model_structure
-from altgrad_jax.step import Counting, make_train_step
+from altgrad_jax.step import Counting, make_train_step, several
 from altgrad_jax.weights import Weights
+
+WHAT_SAVES_MEMORY = (
+    "set config.train.remat='block', raise config.train.grad_accumulation, or lower config.train.batch_size"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Program:
       parallel: the devices.
       loss_chunk: most tokens a device whose logits exist at once.
       peak_flops: 16-bit operations a second that one device is taken to be capable of; None if that is not known.
-      run_train: (state, sharded batch) -> (state, metrics).
+      run_train: (state, sharded batch) -> (state, metrics), of `config.train.steps_per_dispatch` steps.
     """
 
     config: ConfigDict
@@ -79,11 +86,12 @@ class Program:
         return init_state(stored, self.optimizer, self.policy.init(), self.loss_scale.init(), counters)
 
     def abstract_batch(self) -> jax.ShapeDtypeStruct:
-        """Shape of a training batch as `shard` lays it out: [D, A, B, T + 1]."""
+        """Shape of a dispatch's batch as `shard` lays it out: [D, A, B, T + 1], or [D, K, A, B, T + 1] of K steps."""
         train, devices = self.config.train, len(self.parallel.devices)
         parts = devices * jax.process_count() * train.grad_accumulation
-        shape = (devices, train.grad_accumulation, train.batch_size // parts, self.model.block_size + 1)
-        return self.parallel.abstract_batch(shape)
+        steps = (train.steps_per_dispatch,) if train.steps_per_dispatch > 1 else ()
+        step = (train.grad_accumulation, train.batch_size // parts, self.model.block_size + 1)
+        return self.parallel.abstract_batch((devices, *steps, *step))
 
     def compile_train(self, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """The training step, compiled for the shapes it is run with; `run_train` then runs this very program.
@@ -146,16 +154,19 @@ def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -
         loss_chunk=chunk,
         peak_flops=peak_of(parallel.devices[0].device_kind, config.runtime.peak_tflops),
         run_train=parallel.train_step(
-            make_train_step(
-                graphdef,
-                optimizer,
-                make_schedule(config.optimizer, config.train.steps),
-                loss_chunk=chunk,
-                seed=config.seed,
-                policy=policy,
-                loss_scale=loss_scale,
-                weights=weights,
-                counting=counting,
+            several(
+                make_train_step(
+                    graphdef,
+                    optimizer,
+                    make_schedule(config.optimizer, config.train.steps),
+                    loss_chunk=chunk,
+                    seed=config.seed,
+                    policy=policy,
+                    loss_scale=loss_scale,
+                    weights=weights,
+                    counting=counting,
+                ),
+                config.train.steps_per_dispatch,
             )
         ),
     )
@@ -171,3 +182,21 @@ def make_weights(config: ConfigDict, policy: Policy) -> Weights:
         on_grid=optimizer.name in KEEP_TO_GRIDS,
         reads_grids=needs_formats(optimizer) or config.stability.relative_clip,
     )
+
+
+def compile_audited(program: Program) -> tuple[Audit, float]:
+    """Compiles the training step, before anything is written; what it multiplies, and the seconds that took.
+
+    Raises:
+      UserError: `precision.strict` and a product asked for in FP8 is not multiplied in FP8.
+    """
+    began = time.monotonic()
+    with memory_errors(WHAT_SAVES_MEMORY):
+        text = program.compile_train().as_text() or ""
+    config = program.config
+    audited = audit(text, program.policy, config.precision.compute, config.train.steps_per_dispatch)
+    if config.precision.strict and (shortfall := audited.shortfall()):
+        raise UserError(
+            f"precision.strict: {shortfall}; see python -m altgrad_jax.audit, or use precision.strict=False to run it"
+        )
+    return audited, time.monotonic() - began

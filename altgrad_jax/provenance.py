@@ -64,7 +64,7 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
         facts["diagnostics.questions"] = "gradients"  # whose counters are part of the state
     for rule in ("precision.strict", "precision.rules", "precision.backend", "precision.kernel"):
         del facts[rule]  # `Policy.identity` says what became of them
-    for key in ("batch_size", "grad_accumulation", "loss_chunk", "loss_scale"):
+    for key in ("batch_size", "grad_accumulation", "steps_per_dispatch", "remat", "loss_chunk", "loss_scale"):
         facts[f"train.{key}"] = full["train"][key]
     if config.optimizer.schedule != "constant":
         facts["optimizer.decay_steps"] = config.optimizer.decay_steps or config.train.steps

@@ -153,6 +153,16 @@ def make_train_step(
     return train_step
 
 
+def several(train_step: Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]], steps: int) -> Callable:
+    """The step as it is; or for more than one (state, tokens_KABT1) -> (state, metrics of [K]): K steps, one dispatch.
+
+    For models so small that the host would take longer to start a step than the device to run it.
+    """
+    if steps == 1:
+        return train_step
+    return lambda state, tokens_KABT1: lax.scan(train_step, state, tokens_KABT1)
+
+
 class StepKeys(NamedTuple):
     """A step's PRNG keys: one a device for dropout, one for all devices for stochastic rounding."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -29,9 +30,8 @@ from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_device, memory_errors
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
-from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.profiling import StepTrace
-from altgrad_jax.program import make_policy
+from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
 from altgrad_jax.state import TrainState, tree_sha256
@@ -39,9 +39,6 @@ from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics,
 from altgrad_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
-WHAT_SAVES_MEMORY = (
-    "set config.train.remat='block', raise config.train.grad_accumulation, or lower config.train.batch_size"
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
         for line in exp.policy.lines() if exp.policy.plans else ():
             console.print(f"  {line}", highlight=False, soft_wrap=True)
-        audited, compile_seconds = _compile(exp)
+        audited, compile_seconds = compile_audited(exp)
         console.print(f"  {audited.headline()}", highlight=False, soft_wrap=True)
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
@@ -113,23 +110,6 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         _end(workdir, loop, sinks, status)
         _print_end(console, workdir, loop, status)
         return {"finished": 0, "interrupted": stop.exit_code}.get(status, 1)
-
-
-def _compile(exp: experiment.Experiment) -> tuple[Audit, float]:
-    """Compiles the training step, before anything is written; what it multiplies, and the seconds that took.
-
-    Raises:
-      UserError: `precision.strict` and a product asked for in FP8 is not multiplied in FP8.
-    """
-    began = time.monotonic()
-    with memory_errors(WHAT_SAVES_MEMORY):
-        text = exp.compile_train().as_text() or ""
-    audited = audit(text, exp.policy, exp.config.precision.compute)
-    if exp.config.precision.strict and (shortfall := audited.shortfall()):
-        raise UserError(
-            f"precision.strict: {shortfall}; see python -m altgrad_jax.audit, or use precision.strict=False to run it"
-        )
-    return audited, time.monotonic() - began
 
 
 class Loop:
@@ -179,7 +159,7 @@ class Loop:
         batches = exp.batches.from_step(self.step + self._skipped_batches)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
-            batch = exp.shard(next(batches))
+            batch = exp.next_batch(batches)
             answers, before = self._ask(batch)
             self.trace.before()
             self.state, metrics = exp.run_train(self.state, batch)
@@ -189,9 +169,9 @@ class Loop:
                 self._stepped = True
                 self._meter.restart(self.step)
             # While the devices work on this step, the host sees to the one before.
-            if previous is not None and self._log(self._fetch(*previous)):
+            if previous is not None and self._log(*self._fetch(*previous)):
                 return "diverged"
-            self.step += 1
+            self.step += config.train.steps_per_dispatch
             if before is not None:
                 jax.block_until_ready(self.state)  # the step's own time is not part of the pause
                 with self._meter.paused():
@@ -205,12 +185,12 @@ class Loop:
             # What gives way does so right after its step, so that no later step depends on when metrics were fetched.
             if not (evaluates or saves or self._fallback):
                 continue
-            record = self._fetch(*previous)
+            *passed, record = self._fetch(*previous)
             previous = None
             with self._meter.paused():
                 if evaluates:
                     record |= self._evaluate()
-                if self._log(record):
+                if self._log(*passed, record):
                     return "diverged"
                 if self._fallback:
                     self._fall_back(record, batch)
@@ -263,10 +243,22 @@ class Loop:
         reason = f"diverged at step {failed}; batches of {failed - start.step} steps passed over"
         self._emit(event(self.step, "rewind", reason, failed_step=failed, skipped_batches=self._skipped_batches))
 
-    def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> Record:
-        """A step's metrics on the host, waiting for the step to end: the only copy from the devices in most steps."""
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        return {"step": step, **values, **self._speed(step), **answers}
+    def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> list[Record]:
+        """Records of a dispatch's steps, of which `step` is the last; what was asked was asked about the first.
+
+        Waits for them to end: the only copy from the devices in most steps.
+        """
+        values, speed = (
+            {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()},
+            self._speed(step),
+        )
+        count = self.exp.config.train.steps_per_dispatch
+        records = [
+            {"step": step - count + 1 + i} | {name: value[i].item() for name, value in values.items()} | speed
+            for i in range(count)
+        ]
+        records[0] |= answers
+        return records
 
     def _speed(self, step: int) -> Record:
         """Tokens a second, and the share of the devices' peak that makes, where that is known."""
@@ -284,8 +276,11 @@ class Loop:
             record["val/loss_above_floor"] = loss - self._floor
         return record
 
-    def _log(self, record: Record) -> bool:
-        """Sends a record out if it is due; returns whether the run has diverged."""
+    def _log(self, *records: Record) -> bool:
+        """Sends out those records that are due; returns whether the run has diverged, at the first that says so."""
+        return any(self._log_one(record) for record in records)
+
+    def _log_one(self, record: Record) -> bool:
         train = self.exp.config.train
         diverged = self._watch.diverged(record)
         due = record["step"] % train.log_every == 0 or record["step"] == train.steps

@@ -36,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.steps = 2000
     config.train.batch_size = 12  # windows per step over all devices and hosts
     config.train.grad_accumulation = 1  # microbatches a step's batch is cut into
+    config.train.steps_per_dispatch = 1  # steps in one program, for models faster than their host; see docs/gpu.md
     config.train.log_every = 1
     config.train.eval_every = 100
     config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation

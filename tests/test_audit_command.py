@@ -11,7 +11,7 @@ from altgrad_jax import experiment
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.errors import UserError
 from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu, fp8_hardware, on_cpu, target_device
-from altgrad_jax.train import _compile
+from altgrad_jax.program import compile_audited
 from tests.forks import run_module
 from tests.precision.test_audit import RECORDED
 from tests.runs import Lab
@@ -62,10 +62,10 @@ def test_it_is_in_the_manifest(lab, finished, tmp_path):
 def test_strict_stops_a_run_whose_audit_falls_short(lab):
     """What the rules alone cannot know: here that XLA converts FP8 operands before it multiplies them."""
     exp = experiment_with(lab, precision__rules=(("lm_head", "e5m2"),), precision__backend="native")
-    assert _compile(exp)[0].summary()["fp8_got"] == 0
+    assert compile_audited(exp)[0].summary()["fp8_got"] == 0
     exp.config.precision.strict = True
     with pytest.raises(UserError, match=r"precision.strict: 3 of 3 products asked for in FP8 are not.*strict=False"):
-        _compile(exp)
+        compile_audited(exp)
 
 
 def test_a_file_of_hlo(tmp_path):

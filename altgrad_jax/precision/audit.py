@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from altgrad_jax.precision import hlo
@@ -159,13 +159,14 @@ class Audit:
         )
 
 
-def audit(text: str, policy: Policy, compute_dtype: str = "bfloat16") -> Audit:
+def audit(text: str, policy: Policy, compute_dtype: str = "bfloat16", steps: int = 1) -> Audit:
     """Reads a compiled step.
 
     Args:
       text: its optimised HLO, `compiled.as_text()`.
       policy: what was asked for; its `shapes` name the dense layers.
       compute_dtype: operands of layers without a recipe.
+      steps: how many steps the program takes.
 
     Raises:
       ValueError: the text is no HLO.
@@ -174,6 +175,7 @@ def audit(text: str, policy: Policy, compute_dtype: str = "bfloat16") -> Audit:
     by_product: dict[tuple[str, str], list[Gemm]] = defaultdict(list)
     others = []
     for gemm in find_gemms(text, shapes):
+        gemm = replace(gemm, times=gemm.times // steps)
         if gemm.layer in shapes:
             by_product[gemm.layer, gemm.product].append(gemm)
         else:

@@ -20,7 +20,7 @@ from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
 from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
 from altgrad_jax.precision.statistics import RoleStats, over_devices
-from altgrad_jax.precision.target import fp8_hardware, has_wgmma
+from altgrad_jax.precision.target import fp8_hardware, has_wgmma, why_no_fp8
 from altgrad_jax.precision.weight_grid import WeightGrid, policy_grid
 
 Array = jax.Array
@@ -331,7 +331,7 @@ def _obstacle(recipe: Recipe, hardware: str, traced: bool) -> str:
     if foreign:
         return _why_foreign(foreign[0])
     if not hardware:
-        return "no FP8 matrix units on this machine"
+        return why_no_fp8()
     if others := _without_unit(recipe):
         return f"FP8 matrix units multiply {' and '.join(UNIT_FORMATS)}, not {others[0]}"
     e5m2 = get_format("e5m2")

@@ -115,6 +115,14 @@ def fp8_hardware() -> str:
     return target_device().device_kind if _capability() >= 8.9 else ""
 
 
+def why_no_fp8() -> str:
+    """Why it multiplies none, for people."""
+    capability = _capability()
+    if not capability:
+        return "no FP8 matrix units on this machine"
+    return f"{target_device().device_kind} has compute capability {capability}, FP8 matrix units begin with 8.9"
+
+
 def has_wgmma() -> bool:
     """Whether it has Hopper's warpgroup matrix instructions, which later architectures dropped."""
     return _capability() == 9.0

@@ -239,6 +239,10 @@ def test_what_counts_as_hardware(monkeypatch, platform, capability, found):
         device.compute_capability = capability
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert policies.fp8_hardware() == found
+    if not found:
+        old = "a device has compute capability 8.0, FP8 matrix units begin with 8.9"
+        assert policies.why_no_fp8() == (old if capability == "8.0" else "no FP8 matrix units on this machine")
+        assert backends("hybrid") == (False, policies.why_no_fp8())
 
 
 # Tables.
