@@ -28,7 +28,7 @@ LAYERS = (
     ("program", "formats"),
     ("experiment",),
     ("run_record",),
-    ("train", "sample", "audit", "data.__main__"),
+    ("train", "sample", "audit", "report", "data.__main__"),
     ("main",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -1,0 +1,1 @@
+"""From work directories to tables: what runs are compared by, and where they cannot be compared."""

@@ -1,0 +1,153 @@
+"""Runs as a reader finds them: finished or not, whole or torn, with or without every measurement.
+
+Nothing here stops at a defect of a run: what is missing or broken is named in `Run.problems`, and the rest is used.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from altgrad_jax.errors import UserError
+from altgrad_jax.tracking import Record, read_metrics
+
+# What must be equal for the losses of two runs to be compared: the data, the model's task, and how long it was learned.
+MUST_AGREE = (
+    "data.sha256",
+    "model.n_layer",
+    "model.n_embd",
+    "model.n_head",
+    "model.block_size",
+    "model.vocab_size",
+    "model.tie_embeddings",
+    "train.batch_size",
+    "optimizer.schedule",
+    "optimizer.decay_steps",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's records and what is known of it.
+
+    Attributes:
+      path: its folder.
+      name: the folder's name.
+      records: of metrics.jsonl, ascending in step; events among them.
+      manifest: manifest.json; empty if there is none.
+      summary: summary.json; empty if there is none.
+      problems: what is missing or broken, for people.
+    """
+
+    path: Path
+    name: str
+    records: tuple[Record, ...]
+    manifest: dict[str, Any]
+    summary: dict[str, Any]
+    problems: tuple[str, ...] = ()
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def status(self) -> str:
+        """ "finished", "interrupted", "diverged", "failed"; "unfinished" if it has written no summary."""
+        return str(self.summary.get("status", "unfinished"))
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens seen up to the last step that was logged."""
+        batch, block = self.identity.get("train.batch_size"), self.identity.get("model.block_size")
+        return self.step * batch * block if isinstance(batch, int) and isinstance(block, int) else None
+
+    def last(self, name: str) -> float:
+        """The last value of a metric, NaN if it was never logged; a run that diverged may end in NaN too."""
+        return next((float(r[name]) for r in reversed(self.records) if name in r), math.nan)
+
+    def highest(self, prefix: str, suffix: str) -> float:
+        """The largest last value of metrics called prefix/.../suffix, such as quant/<role>/overflow."""
+        names = {key for r in self.records for key in r if key.startswith(f"{prefix}/") and key.endswith(f"/{suffix}")}
+        values = [self.last(name) for name in names if name.count("/") == 2]
+        return max((value for value in values if not math.isnan(value)), default=math.nan)
+
+
+def read_run(path: Path) -> Run:
+    """Reads a work directory.
+
+    Raises:
+      UserError: it is none.
+    """
+    problems: list[str] = []
+    if not (path / "metrics.jsonl").exists() and not (path / "manifest.json").exists():
+        raise UserError(f"{path} is no work directory: it has neither metrics.jsonl nor manifest.json")
+    manifest, summary = (_read_json(path / name, problems) for name in ("manifest.json", "summary.json"))
+    try:
+        records = [record for record in read_metrics(path / "metrics.jsonl") if isinstance(record.get("step"), int)]
+    except UserError as e:
+        problems.append(str(e))
+        records = []
+    if not records:
+        problems.append("no step was logged")
+    identity = manifest.get("identity")
+    if not isinstance(identity, dict):
+        identity = {}
+        problems.append("manifest.json does not say what was run")
+    return Run(path, path.resolve().name, tuple(records), manifest, summary, tuple(problems), identity)
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        problems.append(f"no {path.name}")
+        return {}
+    except (OSError, ValueError) as e:
+        problems.append(f"{path.name} cannot be read: {' '.join(str(e).split())}")
+        return {}
+    if not isinstance(found, dict):
+        problems.append(f"{path.name} holds no object")
+        return {}
+    return found
+
+
+def read_runs(paths: Iterable[str]) -> list[Run]:
+    """Reads work directories, and those in folders of work directories, in the order given.
+
+    Raises:
+      UserError: a path is neither.
+    """
+    runs: list[Run] = []
+    for text in paths:
+        path = Path(text).expanduser()
+        if not path.is_dir():
+            raise UserError(f"there is no folder {path}")
+        inside = sorted(p for p in path.iterdir() if (p / "manifest.json").exists() or (p / "metrics.jsonl").exists())
+        is_run = (path / "metrics.jsonl").exists() or (path / "manifest.json").exists()
+        if not is_run and not inside:
+            raise UserError(f"{path} is no work directory and holds none: no manifest.json, no metrics.jsonl")
+        runs += [read_run(path)] if is_run else [read_run(p) for p in inside]
+    return runs
+
+
+def differences(run: Run, first: Run) -> list[str]:
+    """Why the losses of two runs say nothing about each other: "model.n_embd: 128 -> 384"; empty if they do."""
+    found = [
+        f"{key}: {_short(first.identity[key])} -> {_short(run.identity[key])}"
+        for key in MUST_AGREE
+        if key in first.identity and key in run.identity and first.identity[key] != run.identity[key]
+    ]
+    if not first.identity or not run.identity:
+        found.append("what was run is not known")
+    if run.step != first.step:
+        found.append(f"steps: {first.step} -> {run.step}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}..." if len(text) == 64 else text
