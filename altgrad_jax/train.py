@@ -95,9 +95,10 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         console.print(f"  {audited.headline()}", highlight=False, soft_wrap=True)
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
-        loop = Loop(exp, checkpoints, sinks, start, run_identity, read_metrics(workdir.metrics), compile_seconds)
-        loop.trace = StepTrace(workdir.path / "profile" if config.profile else None)
-        cleanup.callback(loop.trace.close)
+        trace = StepTrace(workdir.path / "profile" if config.profile else None)
+        cleanup.callback(trace.close)
+        earlier = read_metrics(workdir.metrics)
+        loop = Loop(exp, checkpoints, sinks, start, run_identity, earlier, compile_seconds, trace)
         try:
             with GracefulStop() as stop, memory_errors(WHAT_SAVES_MEMORY):
                 status = loop.run(stop)
@@ -124,6 +125,7 @@ class Loop:
         run_identity: dict[str, Any],
         earlier: Sequence[Record] = (),
         compile_seconds: float = 0.0,
+        trace: StepTrace | None = None,
     ):
         self.exp, self.state, self.step = exp, start.state, start.step
         self.compile_seconds, self._stepped = compile_seconds, False
@@ -132,11 +134,11 @@ class Loop:
         self._answered = [record for record in earlier if is_answered(record)]
         self._checkpoints, self._sinks = checkpoints, sinks
         self._identity = run_identity
-        self._began, self._earlier_seconds = time.monotonic(), start.seconds
+        self._began, self._earlier_seconds = time.monotonic() - compile_seconds, start.seconds
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
         self._fallback = make_fallback(exp.config.stability)
         self._floor = exp.cache.entropy_floor(exp.eval_split)
-        self.trace = StepTrace(None)
+        self._trace = trace or StepTrace(None)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
 
     @property
@@ -161,9 +163,9 @@ class Loop:
         while self.step < config.train.steps:
             batch = exp.next_batch(batches)
             answers, before = self._ask(batch)
-            self.trace.before()
+            self._trace.before()
             self.state, metrics = exp.run_train(self.state, batch)
-            if self.trace.after(metrics):
+            if self._trace.after(metrics):
                 self._meter.restart(self.step)
             if not self._stepped:
                 self._stepped = True
