@@ -105,7 +105,10 @@ class DataParallel:
         split = (
             (count, rows // count) if microbatches is None else (count, microbatches, rows // (count * microbatches))
         )
-        batch = np.moveaxis(batch.reshape(*steps, *split, length), len(steps), 0)
+        return self.place(np.moveaxis(batch.reshape(*steps, *split, length), len(steps), 0))
+
+    def place(self, batch: np.ndarray) -> Array:
+        """Puts an array whose leading axis is that of this host's devices on them."""
         return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     def abstract_batch(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

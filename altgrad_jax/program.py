@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -184,15 +185,19 @@ def make_weights(config: ConfigDict, policy: Policy) -> Weights:
     )
 
 
-def compile_audited(program: Program) -> tuple[Audit, float]:
+def compile_audited(program: Program, state: TrainState) -> tuple[Audit, float]:
     """Compiles the training step, before anything is written; what it multiplies, and the seconds that took.
+
+    The state is the one to begin with, and is kept: among several processes pmap traces arrays, and no mere shapes.
 
     Raises:
       UserError: `precision.strict` and a product asked for in FP8 is not multiplied in FP8.
     """
     began = time.monotonic()
     with memory_errors(WHAT_SAVES_MEMORY):
-        text = program.compile_train().as_text() or ""
+        shape = program.abstract_batch().shape
+        batch = program.parallel.place(np.zeros(shape, np.int32))
+        text = program.run_train.compile(state, batch).as_text() or ""
     config = program.config
     audited = audit(text, program.policy, config.precision.compute, config.train.steps_per_dispatch)
     if config.precision.strict and (shortfall := audited.shortfall()):

@@ -8,7 +8,9 @@ never killed. Non-finite values are written as the strings "NaN", "Infinity" and
 import json
 import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,9 +152,14 @@ def require_login(settings: Any) -> None:
 
 
 class Wandb:
-    """Sends records to Weights & Biases, one run per work directory however often it resumes."""
+    """Sends records to Weights & Biases, one run per work directory however often it resumes.
+
+    W&B works in a process of its own, and the SIGTERM of a scheduler or of a machine that shuts down reaches that one
+    too. The run outlives it, to save and end as it should: metrics.jsonl has all that W&B then lacks.
+    """
 
     _counter = 0
+    _lost = False
 
     def __init__(
         self, settings: Any, workdir: Path, run_id: str, config: dict[str, Any], earlier: Iterable[Record] = ()
@@ -211,7 +218,7 @@ class Wandb:
         numbers = {key: value for key, value in record.items() if not isinstance(value, str)}
         # W&B's own counter must not go back: after a rewind it stays until the run is past where it was.
         self._counter = max(self._counter, record["step"])
-        self._run.log(numbers, step=self._counter if self._offline else None)
+        self._unless_lost(lambda: self._run.log(numbers, step=self._counter if self._offline else None))
 
     def rewind(self, step: int) -> None:
         """W&B keeps what it was sent; the steps repeated follow it, by their own numbers."""
@@ -221,5 +228,23 @@ class Wandb:
 
     def close(self, status: str) -> None:
         """Finishes the run and waits for what is queued."""
+        self._unless_lost(lambda: self._finish(status))
+
+    def _finish(self, status: str) -> None:
         self._run.summary["status"] = status
         self._run.finish(exit_code=0 if status in ("finished", "interrupted") else 1)
+
+    def _unless_lost(self, call: Callable[[], None]) -> None:
+        if self._lost:
+            return
+        try:
+            call()
+        except Exception as e:  # a broken socket has many names
+            import wandb
+
+            self._lost = True
+            print(
+                f"warning: W&B's process is gone ({type(e).__name__}); metrics.jsonl has what it lacks", file=sys.stderr
+            )
+            with suppress(Exception):
+                wandb.teardown()  # else it tries once more at exit, and prints a traceback

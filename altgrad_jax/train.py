@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
         for line in exp.policy.lines() if exp.policy.plans else ():
             console.print(f"  {line}", highlight=False, soft_wrap=True)
-        audited, compile_seconds = compile_audited(exp)
+        audited, compile_seconds = compile_audited(exp, start.state)
         console.print(f"  {audited.headline()}", highlight=False, soft_wrap=True)
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []

@@ -41,7 +41,7 @@ def test_the_audited_program_is_the_one_that_runs(lab):
     listen = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        exp.compile_train()
+        compile_audited(exp, state)
         assert len(compiled) == 1
         exp.run_train(state, batch)
         assert len(compiled) == 1
@@ -62,10 +62,10 @@ def test_it_is_in_the_manifest(lab, finished, tmp_path):
 def test_strict_stops_a_run_whose_audit_falls_short(lab):
     """What the rules alone cannot know: here that XLA converts FP8 operands before it multiplies them."""
     exp = experiment_with(lab, precision__rules=(("lm_head", "e5m2"),), precision__backend="native")
-    assert compile_audited(exp)[0].summary()["fp8_got"] == 0
+    assert compile_audited(exp, exp.fresh_state())[0].summary()["fp8_got"] == 0
     exp.config.precision.strict = True
     with pytest.raises(UserError, match=r"precision.strict: 3 of 3 products asked for in FP8 are not.*strict=False"):
-        compile_audited(exp)
+        compile_audited(exp, exp.fresh_state())
 
 
 def test_a_file_of_hlo(tmp_path):

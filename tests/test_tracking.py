@@ -17,7 +17,7 @@ from rich.console import Console
 from altgrad_jax.console import ConsoleSink
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import MetricsFile, read_metrics
-from tests.runs import SECRET, SECRETS, ended, summary, train_losses, wait_for_step
+from tests.runs import SECRET, SECRETS, checkpoint_steps, ended, summary, train_losses, wait_for_step
 
 RECORDS = [
     {"step": 1, "train/loss": 2.0000000000000004, "train/nonfinite_steps": 0},
@@ -153,6 +153,30 @@ def test_ctrl_c_leaves_wandb_whole(lab, tmp_path):
     assert summary(run)["status"] == "interrupted"
     [folder] = (run / "wandb").glob("offline-run-*")
     assert [r["step"] for r in read_wandb(folder)[1]] == [r["step"] for r in read_metrics(run / "metrics.jsonl")]
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parent = path.read_text().rpartition(")")[2].split()[1]
+            found += [int(path.parent.name)] if parent == str(pid) else []
+    return found
+
+
+@pytest.mark.slow
+def test_a_sigterm_that_ends_wandb_too_still_leaves_a_checkpoint(lab, tmp_path):
+    """Slurm, and a machine that shuts down, send it to every process."""
+    run = tmp_path / "run"
+    process = lab.start(run, {"tracking.wandb": "offline", "train.steps": 200_000, "checkpoint.every": 100_000})
+    wait_for_step(process, run, 3)
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGTERM)
+    process.terminate()
+    done = ended(process)
+    assert done.code == 143 and summary(run)["status"] == "interrupted", done
+    assert checkpoint_steps(run) == [read_metrics(run / "metrics.jsonl")[-1]["step"]]
+    assert done.err.startswith("warning: W&B's process is gone") and len(done.err.splitlines()) == 1, done.err
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(lab, tmp_path):
