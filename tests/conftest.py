@@ -14,7 +14,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 
-MANY_MAPS = 15_000  # Linux refuses a process more than 65 530 by default
+MANY_MAPS = 30_000  # Linux refuses a process more than 65 530 by default
 
 
 @pytest.fixture(scope="module", autouse=True)

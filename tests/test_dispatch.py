@@ -10,7 +10,9 @@ from tests.runs import bits, checkpoint_steps, summary, train_losses
 HYBRID = {"precision__rules": (("blocks.*", "hybrid"),), "diagnostics__quant_every": 10}
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.exhaustive)]
+)
 def test_five_at_a_time_train_as_one_at_a_time(lab, tmp_path, devices):
     for count in (1, 5):
         changes = HYBRID | {"train__steps_per_dispatch": count, "parallel__devices": devices}
@@ -24,6 +26,7 @@ def test_five_at_a_time_train_as_one_at_a_time(lab, tmp_path, devices):
         assert five[11][name] == pytest.approx(one[11][name], rel=0.1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_resumed_to_the_bit(lab, tmp_path):
     changes = HYBRID | {"train__steps_per_dispatch": 5, "optimizer__decay_steps": 20}
     assert lab.train(tmp_path / "whole", **changes) == 0

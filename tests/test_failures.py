@@ -40,6 +40,7 @@ def tampered():
     return mock.patch.object(Weights, "apply", apply_tampered)
 
 
+@pytest.mark.slow
 def test_overflow_stall_rank_and_blow_up(lab, tmp_path, capsys):
     rules = ((r".*qkv", "e5m2 x.scaling=static x.scale=1e6"), (r".*up", "e7m0"), (r"lm_head", "e5m2"))
     with tampered():
@@ -55,6 +56,7 @@ def test_overflow_stall_rank_and_blow_up(lab, tmp_path, capsys):
     assert any(line.split()[:4] == ["1", "blocks.0.attn.qkv", "activation", "overflow"] for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_an_update_that_blows_up(lab, tmp_path):
     with tampered():
         assert lab.train(tmp_path / "run", optimizer__learning_rate=1e-2, **EVERY) == 0
@@ -67,7 +69,11 @@ def test_an_update_that_blows_up(lab, tmp_path):
     ("rule", "origin"),
     [
         ((r".*mlp.down", "e5m2 g.scaling=static g.scale=1e30 g.overflow=special"), ("blocks.0.mlp.down", "gradient")),
-        ((r".*mlp.down", "e4m3fn w.scaling=static w.scale=1e9 w.overflow=special"), ("blocks.0.mlp.down", "weight")),
+        pytest.param(
+            (r".*mlp.down", "e4m3fn w.scaling=static w.scale=1e9 w.overflow=special"),
+            ("blocks.0.mlp.down", "weight"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_the_origin_of_a_nan(lab, tmp_path, rule, origin):

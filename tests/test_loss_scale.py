@@ -225,6 +225,7 @@ def test_without_a_scale_gradients_vanish_in_the_bare_cast(measured):
 # In a run.
 
 
+@pytest.mark.slow
 def test_the_scale_is_in_the_checkpoint(lab, tmp_path, monkeypatch):
     """Eight steps at once, and in sessions of 2 and 6: the first ends with a step that was left out."""
     monkeypatch.setattr(loss_scale, "INITIAL", 2.0**26)

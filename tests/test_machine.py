@@ -106,6 +106,7 @@ def test_utilisation_is_logged_where_the_peak_is_known(lab, finished, tmp_path):
     assert record["train/mfu"] == record["train/tokens_per_second"] * model_flops_per_token(model) / 1e9
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps(lab, finished, tmp_path):
     """It holds steps 6 to 10 of the session, opens in Perfetto, and changes no bit."""
     run = tmp_path / "run"

@@ -35,7 +35,7 @@ def cases(kinds, in_ci: tuple[str, ...]) -> list:
     return [pytest.param(k, marks=pytest.mark.slow if k in in_ci else pytest.mark.exhaustive) for k in kinds]
 
 
-@pytest.mark.parametrize("kind", cases(KINDS, ("sr", "packed grid", "ulps")))
+@pytest.mark.parametrize("kind", cases(KINDS, ("sr", "packed grid")))
 def test_resumed_to_the_bit(lab, tmp_path, kind):
     changes = RULES | KINDS[kind]
     assert lab.train(tmp_path / "whole", train__steps=6, **changes) == 0
@@ -94,6 +94,7 @@ def test_all_questions_on_eight_devices(lab, tmp_path, dear):
     assert losses(tmp_path / "unasked") == losses(tmp_path / "1")  # measuring changes no bit
 
 
+@pytest.mark.slow
 def test_initial_weights_are_on_the_grid(lab):
     config = lab.config(**RULES, **KINDS["grid"])
     exp = experiment.build(config, open_corpus(config))

@@ -81,6 +81,7 @@ def test_a_resumed_run_is_equal_to_the_bit(lab, whole, half, tmp_path):
     assert histories == {f"quant.{layer}.{role}.history" for layer in layers for role in roles}
 
 
+@pytest.mark.slow
 def test_diagnostics_change_no_bit(lab, whole, tmp_path):
     changes = RUN | {"diagnostics__quant_every": 2, "diagnostics__shadow_every": 2}
     assert lab.train(tmp_path / "run", train__steps=6, **changes) == 0

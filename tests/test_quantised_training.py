@@ -206,6 +206,7 @@ def test_evaluation_rounds_weights_and_activations(monkeypatch):
     assert evaluate(blocks) == pytest.approx(losses[-1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_sampling_multiplies_as_the_full_forward_pass_does():
     """Static scales do not depend on what else is in the batch, so the two agree token for token."""
     params = parameters()

@@ -212,8 +212,9 @@ def test_dropout_and_microbatches_resume_to_the_bit(lab, tmp_path):
     assert_equal(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.exhaustive)]
+)
 def test_killed_at_random_moments(tmp_path, devices):
     """The benchmark that kills a run twenty times, shortened."""
     out = tmp_path / "resume.json"

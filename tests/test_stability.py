@@ -65,6 +65,7 @@ def test_steps_with_a_gradient_that_is_no_number_are_left_out(lab, tmp_path, cap
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
 
 
+@pytest.mark.slow
 def test_skipping_changes_no_bit_where_all_is_finite(lab, tmp_path):
     for name, changes in (("on", SKIP), ("off", {})):
         assert lab.train(tmp_path / name, train__steps=6, **changes) == 0
@@ -108,6 +109,7 @@ def fallen(lab, tmp_path_factory):
     return workdir, len(made)
 
 
+@pytest.mark.slow
 def test_formats_give_way_without_compiling_again(fallen):
     workdir, traced = fallen
     assert traced == 1
@@ -119,6 +121,7 @@ def test_formats_give_way_without_compiling_again(fallen):
     assert [e for e in summary(workdir)["events"] if e["event"] == "fallback"] == found
 
 
+@pytest.mark.slow
 def test_formats_that_gave_way_are_resumed(lab, fallen, tmp_path):
     """Stopped before and between the changes, a run ends with the same bits."""
     workdir, _ = fallen
@@ -129,6 +132,7 @@ def test_formats_that_gave_way_are_resumed(lab, fallen, tmp_path):
     assert summary(tmp_path / "run")["parameter_sha256"] == summary(workdir)["parameter_sha256"]
 
 
+@pytest.mark.slow
 def test_a_layer_whose_weights_stand_still_falls_back_alone(lab, tmp_path):
     changes = FALLBACK | {"stability__fallback_stall": 0.5, "diagnostics__questions": ("weights:4",)}
     changes |= {
@@ -202,6 +206,7 @@ def batch_sums(lab, steps):
     return [int(next(batches).sum()) for _ in range(steps)]
 
 
+@pytest.mark.slow
 def test_poisonous_batches_are_passed_over(lab, tmp_path):
     sums = batch_sums(lab, 20)
     whole = tmp_path / "whole"

@@ -130,6 +130,7 @@ def diagnosed(policy: Policy, compute: str) -> dict[str, float]:
     return shadow.name(params, jax.device_get(jax.jit(lanes)(state, TOKENS[None, 0]))["shadow"])
 
 
+@pytest.mark.exhaustive
 def test_more_precision_is_a_better_gradient():
     """float32 is its own shadow; bfloat16 is near, E5M2 in every dense layer further off."""
     everywhere = resolve([(r"blocks\..*|lm_head", "e5m2")], layer_shapes(MODEL))
