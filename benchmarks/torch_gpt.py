@@ -1,7 +1,9 @@
-"""The same GPT as a bare PyTorch float32 loop, for comparison: no logging, no evaluation, no checkpoints."""
+"""The same GPT as a bare PyTorch loop, for comparison: no logging, no evaluation, no checkpoints."""
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,30 +51,59 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy."""
-        x_BTC = self.wte(tokens_BT) + self.wpe(torch.arange(tokens_BT.shape[1]))
+        x_BTC = self.wte(tokens_BT) + self.wpe(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
         for block in self.blocks:
             x_BTC = block(x_BTC)
         logits = self.norm_f(x_BTC) @ self.wte.weight.T
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
 
 
-def seconds_per_step(config: GPTConfig, batch_size: int, steps: int) -> list[float]:
-    """Wall time of each of `steps` training steps, after one that is not counted; float32, AdamW, clipped."""
+def make_step(
+    config: GPTConfig,
+    batch_size: int,
+    *,
+    device: str = "cpu",
+    autocast: bool = False,
+    compiled: bool = False,
+    convert: Callable[[GPT], Any] = lambda model: model,
+) -> Callable[[], torch.Tensor]:
+    """A function that takes one more training step on random tokens and gives the loss; AdamW, gradients clipped.
+
+    Args:
+      config: the network's shape.
+      batch_size: windows a step.
+      device: where it runs.
+      autocast: multiply in bfloat16, not float32.
+      compiled: through `torch.compile`.
+      convert: changes the model before it is compiled, to quantise its layers.
+    """
     torch.manual_seed(0)
-    model = GPT(config)
+    model = GPT(config).to(device)
+    model = convert(model)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    tokens = torch.randint(0, config.vocab_size, (batch_size, config.block_size + 1))
-    times = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        loss = model(tokens[:, :-1], tokens[:, 1:])
+    tokens = torch.randint(0, config.vocab_size, (batch_size, config.block_size + 1), device=device)
+    run = torch.compile(model) if compiled else model
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = run(tokens[:, :-1], tokens[:, 1:])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        loss.item()
+        return loss
+
+    return step
+
+
+def seconds_per_step(config: GPTConfig, batch_size: int, steps: int) -> list[float]:
+    """Wall time of each of `steps` training steps, after one that is not counted; float32 on the CPU."""
+    step, times = make_step(config, batch_size), []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        step().item()
         times.append(time.perf_counter() - began)
     return times[1:]

@@ -32,6 +32,15 @@ def gemm_scope(path: str, product: str) -> AbstractContextManager:
     return jax.named_scope(f"gemm:{path}:{product}")
 
 
+def _result_dtype(wanted: jnp.dtype) -> jnp.dtype:
+    """What a product of 16-bit operands is asked for, to be cast to `wanted`: that at once, or float32 on a CPU.
+
+    Sums are float32 either way. GPUs round them on their way out, which saves writing and reading twice the bytes; for
+    XLA's CPU kernels a 16-bit result is a slow path.
+    """
+    return jnp.dtype(jnp.float32) if on_cpu() else wanted
+
+
 def _dot(
     a: Array, b: Array, contract_a: int, contract_b: int, precision: lax.Precision | None = None, kernel: bool = False
 ) -> Array:
@@ -40,6 +49,13 @@ def _dot(
         return fp8_matmul(a if contract_a else a.T, b if contract_b else b.T)
     contracted = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _dot_16(a_NK: Array, b: Array, contract_b: int, dtype: jnp.dtype) -> Array:
+    """The product of two matrices in `dtype`, the second contracted over either axis."""
+    contracted = (((1,), (contract_b,)), ((), ()))
+    asked = _result_dtype(jnp.dtype(dtype))
+    return lax.dot_general(a_NK, b, contracted, preferred_element_type=asked).astype(dtype)
 
 
 def _backward_precision(prepared: "Prepared") -> lax.Precision | None:
@@ -123,7 +139,7 @@ def _matmul_forward(x_NI, w_IO, compute_dtype, out_dtype, path):
     # Empty arrays carry the caller's dtypes to the backward pass: residuals must be arrays.
     like = jnp.zeros((0,), x_NI.dtype), jnp.zeros((0,), w_IO.dtype)
     with gemm_scope(path, "forward"):
-        return _dot(x, w, 1, 0).astype(out_dtype), (x, w, like)
+        return _dot_16(x, w, 0, out_dtype), (x, w, like)
 
 
 def _matmul_backward(compute_dtype, out_dtype, path, residuals, g_NO):
@@ -131,7 +147,7 @@ def _matmul_backward(compute_dtype, out_dtype, path, residuals, g_NO):
     x, w, (like_x, like_w) = residuals
     g = g_NO.astype(compute_dtype)
     with gemm_scope(path, "dx"):
-        dx_NI = _dot(g, w, 1, 1).astype(like_x.dtype)
+        dx_NI = _dot_16(g, w, 1, like_x.dtype)
     with gemm_scope(path, "dw"):
         return dx_NI, _weight_grad(x, g).astype(like_w.dtype)
 
