@@ -66,11 +66,13 @@ def make_diagnose_step(
         if "curvature" in asked:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), LANCZOS_STREAM)
             loss = partial(window_loss, shadow_graphdef, tokens_BT1=few_BT1, chunk=loss_chunk, dropout_key=None)
-            values["curvature"] = curvature.largest_eigenvalues(loss, params, key, lanczos_steps, axis_name=AXIS)
+            with jax.default_matmul_precision("float32"):  # not TF32, which GPUs take for it
+                values["curvature"] = curvature.largest_eigenvalues(loss, params, key, lanczos_steps, axis_name=AXIS)
         if "sensitivity" in asked:
             held = tokens_ABT1.shape[0] * tokens_ABT1.shape[1]
             factor = loss_scale.factor(state.loss_scale)
-            values["sensitivity"] = sensitive(params, state.quant, tokens_ABT1[0], held, factor)
+            with jax.default_matmul_precision("float32"):
+                values["sensitivity"] = sensitive(params, state.quant, tokens_ABT1[0], held, factor)
         return values
 
     def backward_pass(state: TrainState, params: Any, tokens_ABT1: Array, keys: Any, asked: set[str]) -> Values:

@@ -47,16 +47,38 @@ def check_device() -> None:
     Raises:
       UserError: it cannot.
     """
+    # What JAX says when a plugin for a device does not start is a page of traceback; its last line is said below.
+    troubles = _Troubles()
+    jax_log = logging.getLogger("jax._src.xla_bridge")
+    jax_log.addFilter(troubles.keep)
     try:
         device = jax.local_devices()[0]
     except (RuntimeError, AssertionError) as e:  # the latter where a platform that is asked for is not installed
-        reason = " ".join(str(e).split())[:300] or "nothing of that kind is installed"
+        reason = troubles.found or " ".join(str(e).split())[:300] or "nothing of that kind is installed"
         raise UserError(
             f"JAX cannot start on JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '(not set)')}: {reason}; for an NVIDIA"
             ' GPU pip install ".[cuda13]" or ".[cuda12]"; JAX_PLATFORMS=cpu does without'
         ) from e
-    if device.platform == "cpu" and Path("/dev/nvidia0").exists() and not os.environ.get("JAX_PLATFORMS"):
-        log.warning('an NVIDIA GPU is here, but JAX runs on the CPU: pip install ".[cuda13]" or ".[cuda12]"')
+    finally:
+        jax_log.removeFilter(troubles.keep)
+    if device.platform != "cpu" or os.environ.get("JAX_PLATFORMS"):
+        return
+    if troubles.found or Path("/dev/nvidia0").exists():
+        reason = f" ({troubles.found})" if troubles.found else ""
+        log.warning('JAX runs on the CPU, and uses no GPU%s: pip install ".[cuda13]" or ".[cuda12]"', reason)
+
+
+class _Troubles:
+    """Takes errors with tracebacks out of a log, and keeps the last one's reason."""
+
+    found = ""
+
+    def keep(self, record: logging.LogRecord) -> bool:
+        """A filter: whether the record is to be shown."""
+        if record.levelno < logging.ERROR or not record.exc_info:
+            return True
+        self.found = " ".join(str(record.exc_info[1]).split())[:200]
+        return False
 
 
 @contextmanager

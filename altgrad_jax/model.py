@@ -8,6 +8,7 @@ H heads, D head width, V vocabulary, N tokens (B * T).
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -125,7 +126,9 @@ def _dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 def _attend(q: Array, k: Array, v: Array, implementation: Implementation) -> Array:
     """Causal attention of [B, T, H, D] queries, keys and values."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    # The library's own products have no argument for it: GPUs take TF32 for float32 unless they are told not to.
+    with jax.default_matmul_precision("float32") if q.dtype == jnp.float32 else nullcontext():
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 def _attend_by_row(q: Array, k: Array, v: Array, implementation: Implementation) -> Array:

@@ -150,3 +150,17 @@ def test_what_an_h100_would_multiply(tmp_path, config, engine):
 @pytest.mark.parametrize(("config", "engine"), list(ON_AN_H100)[2:])
 def test_what_an_h100_would_multiply_in_other_recipes(tmp_path, config, engine):
     check_on_an_h100(tmp_path, config, engine)
+
+
+@needs_gpu_compiler
+@pytest.mark.slow
+def test_float32_is_not_tf32_on_a_gpu(tmp_path):
+    """Tensor cores cut float32 operands to 10 mantissa bits unless a product says not to; here every one does."""
+    out = tmp_path / "audit.json"
+    exact = "--config.precision.compute=float32"
+    command = ["--config=configs/bf16.py:quick", *SMALL, "--gpu=h100", f"--out={out}", exact]
+    [ended] = run_audit(tmp_path, command)
+    assert ended.code == 0, ended.err
+    found = json.loads(out.read_text())
+    gemms = [gemm for product in found["products"] for gemm in product["gemms"]] + found["others"]
+    assert {tuple(gemm["met"]) for gemm in gemms} == {("float32", "float32")}

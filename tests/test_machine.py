@@ -34,10 +34,11 @@ def test_one_line(lab, tmp_path, environment, code, says):
 
 
 def test_a_gpu_that_is_not_used(monkeypatch, caplog):
+    jax.local_devices()  # looks for files too
     monkeypatch.setattr(machine.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
     monkeypatch.delenv("JAX_PLATFORMS")
     machine.check_device()
-    assert "an NVIDIA GPU is here, but JAX runs on the CPU" in caplog.text
+    assert "JAX runs on the CPU, and uses no GPU" in caplog.text
 
 
 # As XLA words it, on a GPU and on a CPU.

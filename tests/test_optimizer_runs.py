@@ -35,7 +35,7 @@ def cases(kinds, in_ci: tuple[str, ...]) -> list:
     return [pytest.param(k, marks=pytest.mark.slow if k in in_ci else pytest.mark.exhaustive) for k in kinds]
 
 
-@pytest.mark.parametrize("kind", cases(KINDS, ("sr", "packed grid")))
+@pytest.mark.parametrize("kind", cases(KINDS, ("packed grid",)))
 def test_resumed_to_the_bit(lab, tmp_path, kind):
     changes = RULES | KINDS[kind]
     assert lab.train(tmp_path / "whole", train__steps=6, **changes) == 0
@@ -71,13 +71,9 @@ def test_eight_devices_train_as_one(lab, tmp_path, kind):
     assert [eight[step] for step in one] == pytest.approx(list(one.values()), rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    "dear", [pytest.param(d, marks=pytest.mark.exhaustive if d else pytest.mark.slow) for d in (0, 1)]
-)
-def test_all_questions_on_eight_devices(lab, tmp_path, dear):
-    """Those answered from a step; with `dear` also those that are trainings of their own."""
-    names = ("gradients", "weights", "spectra", *(("curvature", "sensitivity") if dear else ()))
-    questions = tuple(f"{name}:2" for name in names)
+@pytest.mark.exhaustive
+def test_all_questions_on_eight_devices(lab, tmp_path):
+    questions = tuple(f"{name}:2" for name in ("gradients", "weights", "spectra", "curvature", "sensitivity"))
     asked = RULES | {"diagnostics__questions": questions, "diagnostics__tokens": 16, "diagnostics__lanczos_steps": 4}
     for devices in (1, 8):
         assert lab.train(tmp_path / str(devices), parallel__devices=devices, train__steps=3, **asked) == 0
@@ -87,7 +83,7 @@ def test_all_questions_on_eight_devices(lab, tmp_path, dear):
     assert [r["step"] for r in one] == [r["step"] for r in eight] == [1, 3]
     for name in ("grads/l2", "weights/stall", "weights/ulps_mean", "spectra/effective_rank", "spectra/spectral_norm"):
         assert eight[0][name] == pytest.approx(one[0][name], rel=2e-2), name
-    for record in (*one, *eight) if dear else ():
+    for record in (*one, *eight):
         assert np.isfinite(record["curvature/largest_eigenvalue"]) and record["sensitivity/worst"]
         assert np.isfinite(record["sensitivity/blocks.0.mlp.up/gradient"])
     assert lab.train(tmp_path / "unasked", train__steps=3, **RULES) == 0

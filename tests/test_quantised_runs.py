@@ -170,7 +170,7 @@ def test_a_loaded_run_evaluates_as_it_did_in_training(lab, half):
     assert np.mean([loss(other_histories, batch[0]) for batch in exp.eval_batches]) != pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stochastic_rounding_resumes_to_the_bit(lab, tmp_path):
     rules = ((r"lm_head|.*\.up", "e5m2 history=4 g.rounding=stochastic"),)
     changes = RUN | {"precision__rules": rules, "train__grad_accumulation": 2}

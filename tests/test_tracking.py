@@ -176,7 +176,9 @@ def test_a_sigterm_that_ends_wandb_too_still_leaves_a_checkpoint(lab, tmp_path):
     done = ended(process)
     assert done.code == 143 and summary(run)["status"] == "interrupted", done
     assert checkpoint_steps(run) == [read_metrics(run / "metrics.jsonl")[-1]["step"]]
-    assert done.err.startswith("warning: W&B's process is gone") and len(done.err.splitlines()) == 1, done.err
+    # Nothing, where the run has ended before it needed W&B again.
+    assert done.err == "" or done.err.startswith("warning: W&B's process is gone"), done.err
+    assert done.err.count("\n") <= 1
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(lab, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 from altgrad_jax.precision import hlo
 from altgrad_jax.precision.policy import TABLES, Policy
 
+GPU_ENGINES = ("cuBLASLt", "cuBLAS", "Triton")
 PRODUCTS = ("forward", "dx", "dw")
 OPERANDS = {"forward": ("activation", "weight"), "dx": ("gradient", "weight"), "dw": ("activation", "gradient")}
 _SCOPE = re.compile(r"gemm:([\w.]+):(forward|dx|dw)")
@@ -33,7 +34,7 @@ class Gemm:
       layer: path of the dense layer; for other products, where they come from.
       product: "forward", "dx" or "dw"; "" if it is no dense layer's.
       shape: of the operands and result, as (batch, m, n, k).
-      met: dtypes of the two operands where they are multiplied, by our names.
+      met: dtypes of the two operands where they are multiplied, by our names; "tf32" for float32 that tensor cores cut.
       engine: what multiplies: "cuBLASLt FP8", "cuBLASLt", "Triton", "Pallas", "cuDNN attention", "XLA".
       times: how often a step runs it.
       fast_accumulation: whether FP8 products are summed in the tensor core's short accumulator; None where none are.
@@ -247,6 +248,8 @@ def _gemm(
     scope = _SCOPE.search(instruction.op_name)
     layer, product = (scope[1], scope[2]) if scope else (_origin(instruction), "")
     met = our_name(left.dtype), our_name(right.dtype)
+    if met == ("float32", "float32") and engine in GPU_ENGINES and _is_default_precision(instruction):
+        met = "tf32", "tf32"  # what tensor cores make of float32 unless they are told not to
     in_fp8 = is_float8(met[0]) and is_float8(met[1])
     shape = _attention_shape(instruction) if engine == "cuDNN attention" else _shape(instruction, left, right)
     return Gemm(

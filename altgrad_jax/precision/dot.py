@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul
+from altgrad_jax.precision.kernels.fp8_matmul import DTYPES, fp8_matmul
 from altgrad_jax.precision.recipes import Recipe, RoleRecipe
 from altgrad_jax.precision.rounding import straight_through
 from altgrad_jax.precision.scaling import Operand, RoleState, quantise
@@ -30,6 +30,11 @@ Array = jax.Array
 def gemm_scope(path: str, product: str) -> AbstractContextManager:
     """The name that a layer's product ("forward", "dx" or "dw") has in the compiled program."""
     return jax.named_scope(f"gemm:{path}:{product}")
+
+
+def full_precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """What float32 operands are multiplied with: in float32, where GPUs would take TF32, with 10 mantissa bits."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _result_dtype(wanted: jnp.dtype) -> jnp.dtype:
@@ -45,9 +50,10 @@ def _dot(
     a: Array, b: Array, contract_a: int, contract_b: int, precision: lax.Precision | None = None, kernel: bool = False
 ) -> Array:
     """Two matrices, one contracted axis each, float32 result; by our own kernel, which takes two of one FP8 type."""
-    if kernel and a.dtype == b.dtype:
+    if kernel and a.dtype == b.dtype and a.dtype in DTYPES:
         return fp8_matmul(a if contract_a else a.T, b if contract_b else b.T)
     contracted = (((contract_a,), (contract_b,)), ((), ()))
+    precision = precision or full_precision(a.dtype)
     return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -55,7 +61,8 @@ def _dot_16(a_NK: Array, b: Array, contract_b: int, dtype: jnp.dtype) -> Array:
     """The product of two matrices in `dtype`, the second contracted over either axis."""
     contracted = (((1,), (contract_b,)), ((), ()))
     asked = _result_dtype(jnp.dtype(dtype))
-    return lax.dot_general(a_NK, b, contracted, preferred_element_type=asked).astype(dtype)
+    precision = full_precision(a_NK.dtype)
+    return lax.dot_general(a_NK, b, contracted, precision=precision, preferred_element_type=asked).astype(dtype)
 
 
 def _backward_precision(prepared: "Prepared") -> lax.Precision | None:

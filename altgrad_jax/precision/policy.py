@@ -313,9 +313,9 @@ def _plan(
 
 
 def recipe_has_one_type(recipe: Recipe) -> bool:
-    """Whether some product of the layer multiplies two operands of one type."""
-    x, w, g = (recipe.role(role).fmt for role in ROLES)
-    return x == w or g in (x, w)
+    """Whether some product of the layer multiplies two operands of one type that FP8 matrix units take."""
+    x, w, g = (recipe.role(role).fmt.name for role in ROLES)
+    return any(a == b and a in UNIT_FORMATS for a, b in ((x, w), (x, g), (w, g)))
 
 
 def _backend(plan: LayerPlan) -> str:

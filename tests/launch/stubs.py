@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,7 @@ class Desk:
             [*command, *arguments],
             cwd=self.root,
             env=self.environment | environment,
+            preexec_fn=_as_a_terminal_would,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -148,3 +150,9 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _as_a_terminal_would() -> None:
+    """Signals that the tests' own parent ignores, as nohup and background jobs do, are not ignored in a terminal."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)

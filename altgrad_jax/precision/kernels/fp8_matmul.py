@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Array = jax.Array
+DTYPES = (jnp.float8_e5m2, jnp.float8_e4m3fn)
 COMPUTE_WARPGROUPS = 2
 SHARED_BYTES = 227 * 1024  # that one block may use on compute capability 9.0
 SWIZZLE = 128  # bytes: the widest pattern in which wgmma reads shared memory without bank conflicts
@@ -104,7 +105,7 @@ def fp8_matmul(a_MK: Array, b_NK: Array, tiles: Tiles | None = None, interpret: 
     Raises:
       ValueError: the types differ or are none of the two, or the tiles do not divide the padded product.
     """
-    if a_MK.dtype != b_NK.dtype or a_MK.dtype not in (jnp.float8_e5m2, jnp.float8_e4m3fn):
+    if a_MK.dtype != b_NK.dtype or a_MK.dtype not in DTYPES:
         raise ValueError(f"the kernel multiplies float8_e5m2 or float8_e4m3fn, not {a_MK.dtype} by {b_NK.dtype}")
     rows, columns = a_MK.shape[0], b_NK.shape[0]
     a_MK, b_NK = padded(a_MK), padded(b_NK)
