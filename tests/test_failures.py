@@ -56,7 +56,7 @@ def test_overflow_stall_rank_and_blow_up(lab, tmp_path, capsys):
     assert any(line.split()[:4] == ["1", "blocks.0.attn.qkv", "activation", "overflow"] for line in out.splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_update_that_blows_up(lab, tmp_path):
     with tampered():
         assert lab.train(tmp_path / "run", optimizer__learning_rate=1e-2, **EVERY) == 0

@@ -218,8 +218,8 @@ def test_dropout_and_microbatches_resume_to_the_bit(lab, tmp_path):
 def test_killed_at_random_moments(tmp_path, devices):
     """The benchmark that kills a run twenty times, shortened."""
     out = tmp_path / "resume.json"
-    command = [sys.executable, "benchmarks/resume.py", "--kills=3", f"--devices={devices}", "--seed=1", f"--out={out}"]
+    command = [sys.executable, "benchmarks/resume.py", "--kills=2", f"--devices={devices}", "--seed=1", f"--out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
-    assert results["equal"] and len(results["kills"]) == 3 and results["kills_during_a_save"] >= 1
+    assert results["equal"] and len(results["kills"]) == 2 and results["kills_during_a_save"] >= 1

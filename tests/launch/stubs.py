@@ -5,7 +5,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,14 @@ from tests.forks import ROOT, Ended
 
 H100 = "580.65.06, 9.0, NVIDIA H100 80GB HBM3"
 NOTE = 'echo "${0##*/} $*" >>"$CALLS"\n'
+
+# Signals that the tests' own parent ignores, as nohup and background jobs do, are not ignored in a terminal.
+AS_IN_A_TERMINAL = """
+import os, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 PYTHON = """
 case "$1 ${2%%;*}" in
@@ -115,10 +122,9 @@ class Desk:
         file = self.root / "launch" / script
         command = [str(file)] if "\n" not in script and file.exists() else ["bash", "-c", script, "script"]
         return subprocess.Popen(
-            [*command, *arguments],
+            [sys.executable, "-c", AS_IN_A_TERMINAL, *command, *arguments],
             cwd=self.root,
             env=self.environment | environment,
-            preexec_fn=_as_a_terminal_would,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -150,9 +156,3 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def _as_a_terminal_would() -> None:
-    """Signals that the tests' own parent ignores, as nohup and background jobs do, are not ignored in a terminal."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)

@@ -73,7 +73,7 @@ def test_the_three_products(text):
     assert (np.abs(expected.y - unrounded) > 10 * expected.bounds[0]).mean() > 0.9 or "float32" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @given(st.integers(0, 2**32 - 5), st.sampled_from([(1, 1, 1), (33, 1, 5), (7, 70, 33)]))
 @settings(max_examples=3, deadline=None)
 def test_the_three_products_of_other_shapes(seed, shape):
