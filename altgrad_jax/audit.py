@@ -40,6 +40,9 @@ def main() -> int:
     check_xla_flags()
     if GPU.value and HLO.value:
         raise UsageError("--gpu compiles a program and --hlo reads one: give one of them")
+    for name, file in (("out", OUT.value), ("save_hlo", SAVE_HLO.value)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"--{name}: there is no folder {Path(file).parent}")
     if GPU.value:
         text, found = compile_for(config, GPU.value, ENGINE.value)
     else:
@@ -86,7 +89,7 @@ def _audited(text: str, config) -> Audit:
     try:
         return audit(text, make_policy(config), config.precision.compute, config.train.steps_per_dispatch)
     except ValueError as e:
-        raise UserError(f"{HLO.value}: {e}") from e
+        raise UserError(f"{HLO.value or 'the compiled step'}: {e}") from e
 
 
 def _read(file: str) -> str:

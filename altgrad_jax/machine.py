@@ -61,11 +61,11 @@ def check_device() -> None:
         ) from e
     finally:
         jax_log.removeFilter(troubles.keep)
-    if device.platform != "cpu" or os.environ.get("JAX_PLATFORMS"):
-        return
-    if troubles.found or Path("/dev/nvidia0").exists():
+    unused = device.platform == "cpu" and not os.environ.get("JAX_PLATFORMS") and Path("/dev/nvidia0").exists()
+    if troubles.found or unused:
         reason = f" ({troubles.found})" if troubles.found else ""
-        log.warning('JAX runs on the CPU, and uses no GPU%s: pip install ".[cuda13]" or ".[cuda12]"', reason)
+        advice = 'a GPU that is here and not used needs pip install ".[cuda13]" or ".[cuda12]"'
+        log.warning("JAX runs on the %s%s; %s", device.device_kind, reason, advice)
 
 
 class _Troubles:

@@ -185,13 +185,16 @@ def make_weights(config: ConfigDict, policy: Policy) -> Weights:
     )
 
 
-def compile_audited(program: Program, state: TrainState) -> tuple[Audit, float]:
+def compile_audited(program: Program, state: TrainState) -> tuple[Audit | str, float]:
     """Compiles the training step, before anything is written; what it multiplies, and the seconds that took.
+
+    In place of what it multiplies, why that cannot be told: another version of XLA may write its programs otherwise.
 
     The state is the one to begin with, and is kept: among several processes pmap traces arrays, and no mere shapes.
 
     Raises:
-      UserError: `precision.strict` and a product asked for in FP8 is not multiplied in FP8.
+      UserError: memory does not suffice; or `precision.strict`, and a product asked for in FP8 is not multiplied in
+        FP8, or cannot be told to be.
     """
     began = time.monotonic()
     with memory_errors(WHAT_SAVES_MEMORY):
@@ -199,8 +202,13 @@ def compile_audited(program: Program, state: TrainState) -> tuple[Audit, float]:
         batch = program.parallel.place(np.zeros(shape, np.int32))
         text = program.run_train.compile(state, batch).as_text() or ""
     config = program.config
-    audited = audit(text, program.policy, config.precision.compute, config.train.steps_per_dispatch)
-    if config.precision.strict and (shortfall := audited.shortfall()):
+    audited: Audit | str
+    try:
+        audited = audit(text, program.policy, config.precision.compute, config.train.steps_per_dispatch)
+        shortfall = audited.shortfall()
+    except ValueError as e:
+        audited = shortfall = f"what the compiled step multiplies cannot be told: {e}"
+    if config.precision.strict and shortfall:
         raise UserError(
             f"precision.strict: {shortfall}; see python -m altgrad_jax.audit, or use precision.strict=False to run it"
         )

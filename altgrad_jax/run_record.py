@@ -40,7 +40,7 @@ class Progress:
 
 
 def write_manifest(
-    workdir: Workdir, exp: Experiment, identity: dict[str, Any], step: int, origin: str, audited: Audit
+    workdir: Workdir, exp: Experiment, identity: dict[str, Any], step: int, origin: str, audited: Audit | str
 ) -> dict[str, Any]:
     """Writes manifest.json and config.json as a session begins, and returns the manifest.
 
@@ -52,7 +52,7 @@ def write_manifest(
       identity: `provenance.identity` of it.
       step: where the session begins.
       origin: where its state came from, for people.
-      audited: what the compiled step multiplies, and in which types.
+      audited: what the compiled step multiplies, and in which types; or why that cannot be told.
     """
     before = workdir.read_json("manifest.json")
     if before is not None and before["identity"] != identity:
@@ -64,7 +64,9 @@ def write_manifest(
         "config": provenance.config_dict(exp.config),
         "resolved": exp.resolved(),
         "layers": exp.policy.table(),
-        "audit": audited.summary() | {"products": audited.lines()[:-1]},
+        "audit": {"problem": audited}
+        if isinstance(audited, str)
+        else audited.summary() | {"products": audited.lines()[:-1]},
         "parameters": parameter_counts(exp.model),
         "state_bytes": state_bytes(exp),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),

@@ -244,7 +244,9 @@ class Wandb:
 
             self._lost = True
             print(
-                f"warning: W&B's process is gone ({type(e).__name__}); metrics.jsonl has what it lacks", file=sys.stderr
+                f"warning: W&B's process is gone ({type(e).__name__}: {' '.join(str(e).split())[:200]});"
+                " metrics.jsonl has what it lacks",
+                file=sys.stderr,
             )
             with suppress(Exception):
                 wandb.teardown()  # else it tries once more at exit, and prints a traceback

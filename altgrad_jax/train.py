@@ -92,7 +92,8 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         for line in exp.policy.lines() if exp.policy.plans else ():
             console.print(f"  {line}", highlight=False, soft_wrap=True)
         audited, compile_seconds = compile_audited(exp, start.state)
-        console.print(f"  {audited.headline()}", highlight=False, soft_wrap=True)
+        found = audited if isinstance(audited, str) else audited.headline()
+        console.print(f"  {found}", highlight=False, soft_wrap=True)
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         trace = StepTrace(workdir.path / "profile" if config.profile else None)

@@ -68,17 +68,37 @@ def test_strict_stops_a_run_whose_audit_falls_short(lab):
         compile_audited(exp, exp.fresh_state())
 
 
+def test_a_program_that_cannot_be_read_stops_only_strict_runs(lab, tmp_path, monkeypatch):
+    """Another version of XLA must not end training; that the audit failed is said and kept."""
+
+    def unreadable(*_):
+        raise ValueError("KeyError 'x'")
+
+    told = "what the compiled step multiplies cannot be told: KeyError 'x'"
+    monkeypatch.setattr("altgrad_jax.program.audit", unreadable)
+    assert lab.train(tmp_path / "run", train__steps=1) == 0
+    kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["audit"]
+    assert kept == {
+        "problem": "what the compiled step multiplies cannot be told: " + str(unreadable_reason(unreadable))
+    }
+    exp = experiment_with(lab)
+    exp.config.precision.strict = True
+    with pytest.raises(UserError, match=f"precision.strict: {told}"):
+        compile_audited(exp, exp.fresh_state())
+
+
 def test_a_file_of_hlo(tmp_path):
     text = tmp_path / "step.txt"
     text.write_bytes(gzip.decompress((RECORDED / "h100_e5m2_triton.txt.gz").read_bytes()))
     config = ["--config=configs/e5m2.py:quick", *SMALL]
-    good, fallen, broken, missing, both = run_audit(
+    good, fallen, broken, missing, both, nowhere = run_audit(
         tmp_path,
         [*config, f"--hlo={text}", f"--out={tmp_path / 'audit.json'}"],
         ["--config=configs/hybrid.py:quick", *SMALL],
         [*config, f"--hlo={tmp_path / 'audit.json'}"],
         [*config, f"--hlo={tmp_path / 'nothing'}"],
         [*config, f"--hlo={text}", "--gpu=h100"],
+        [*config, f"--hlo={text}", f"--out={tmp_path / 'none' / 'audit.json'}"],
     )
     assert good.code == 0 and "FP8 products: 15 asked for, 15 got" in good.out
     found = json.loads((tmp_path / "audit.json").read_text())
@@ -86,6 +106,7 @@ def test_a_file_of_hlo(tmp_path):
     assert fallen.code == 1 and "FP8 products: 15 asked for, 0 got" in fallen.out and not fallen.err
     assert_one_line(broken, 1, ["audit.json: this is no HLO text"])
     assert_one_line(missing, 1, ["--hlo:", "cannot be read"])
+    assert_one_line(nowhere, 2, ["--out: there is no folder"])
     assert_one_line(both, 2, ["--gpu compiles a program and --hlo reads one"])
 
 

@@ -38,7 +38,7 @@ def test_a_gpu_that_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(machine.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
     monkeypatch.delenv("JAX_PLATFORMS")
     machine.check_device()
-    assert "JAX runs on the CPU, and uses no GPU" in caplog.text
+    assert "JAX runs on the cpu; a GPU that is here and not used needs pip install" in caplog.text
 
 
 # As XLA words it, on a GPU and on a CPU.
@@ -105,6 +105,29 @@ def test_utilisation_is_logged_where_the_peak_is_known(lab, finished, tmp_path):
     record = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     model = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=257)
     assert record["train/mfu"] == record["train/tokens_per_second"] * model_flops_per_token(model) / 1e9
+
+
+def test_a_session_too_short_to_be_traced_says_so(lab, tmp_path, caplog):
+    assert lab.train(tmp_path / "run", profile=True, train__steps=5) == 0
+    assert "config.profile: nothing was traced, for the session ended before its step 6" in caplog.text
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_plugin_that_does_not_start_is_said_in_a_line(monkeypatch, caplog):
+    """JAX logs a page of traceback and goes on with another device."""
+
+    def start():
+        try:
+            raise RuntimeError("Unable to load\ncuFFT")
+        except RuntimeError:
+            machine.logging.getLogger("jax._src.xla_bridge").exception("plugin configuration error")
+        return [SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")]
+
+    monkeypatch.setattr(jax, "local_devices", start)
+    machine.check_device()
+    assert [r.getMessage().partition(";")[0] for r in caplog.records] == [
+        "JAX runs on the NVIDIA H100 (Unable to load cuFFT)"
+    ]
 
 
 @pytest.mark.slow

@@ -170,13 +170,20 @@ def audit(text: str, policy: Policy, compute_dtype: str = "bfloat16", steps: int
       steps: how many steps the program takes.
 
     Raises:
-      ValueError: the text is no HLO.
+      ValueError: the text is no HLO, or not as the versions of XLA write it that this was made for.
     """
+    try:
+        return _audit(text, policy, compute_dtype, steps)
+    except (KeyError, IndexError, StopIteration) as e:
+        raise ValueError(f"the audit cannot read this program: {type(e).__name__} {e}") from e
+
+
+def _audit(text: str, policy: Policy, compute_dtype: str, steps: int) -> Audit:
     shapes = {path: shape for path, shape in policy.shapes if path not in TABLES}
     by_product: dict[tuple[str, str], list[Gemm]] = defaultdict(list)
     others = []
     for gemm in find_gemms(text, shapes):
-        gemm = replace(gemm, times=gemm.times // steps)
+        gemm = replace(gemm, times=max(1, gemm.times // steps))
         if gemm.layer in shapes:
             by_product[gemm.layer, gemm.product].append(gemm)
         else:
@@ -358,7 +365,7 @@ def _describe(gemm: Gemm) -> str:
     if gemm.padding:
         notes.append(f"padded {gemm.padding}")
     if gemm.transposes:
-        notes.append(f"{gemm.transposes} operands transposed")
+        notes.append(f"{gemm.transposes} operand{'s' if gemm.transposes > 1 else ''} transposed")
     if gemm.times > 1:
         notes.append(f"{gemm.times} times a step")
     return ", ".join(notes)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax.precision.kernels.fp8_matmul import DTYPES, fp8_matmul
 from altgrad_jax.precision.recipes import Recipe, RoleRecipe
 from altgrad_jax.precision.rounding import straight_through
 from altgrad_jax.precision.scaling import Operand, RoleState, quantise
@@ -25,6 +24,7 @@ from altgrad_jax.precision.statistics import RoleStats, empty_stats
 from altgrad_jax.precision.target import on_cpu
 
 Array = jax.Array
+F32 = jnp.dtype(jnp.float32)
 
 
 def gemm_scope(path: str, product: str) -> AbstractContextManager:
@@ -32,37 +32,38 @@ def gemm_scope(path: str, product: str) -> AbstractContextManager:
     return jax.named_scope(f"gemm:{path}:{product}")
 
 
-def full_precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """What float32 operands are multiplied with: in float32, where GPUs would take TF32, with 10 mantissa bits."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _result_dtype(wanted: jnp.dtype) -> jnp.dtype:
-    """What a product of 16-bit operands is asked for, to be cast to `wanted`: that at once, or float32 on a CPU.
-
-    Sums are float32 either way. GPUs round them on their way out, which saves writing and reading twice the bytes; for
-    XLA's CPU kernels a 16-bit result is a slow path.
-    """
-    return jnp.dtype(jnp.float32) if on_cpu() else wanted
-
-
 def _dot(
-    a: Array, b: Array, contract_a: int, contract_b: int, precision: lax.Precision | None = None, kernel: bool = False
+    a: Array,
+    b: Array,
+    contract_a: int,
+    contract_b: int,
+    out_dtype: jnp.dtype = F32,
+    precision: lax.Precision | None = None,
+    kernel: bool = False,
 ) -> Array:
-    """Two matrices, one contracted axis each, float32 result; by our own kernel, which takes two of one FP8 type."""
-    if kernel and a.dtype == b.dtype and a.dtype in DTYPES:
+    """Two matrices, one contracted axis each, summed in float32.
+
+    Args:
+      a: the first.
+      b: the second.
+      contract_a: its axis that is summed over.
+      contract_b: the other's.
+      out_dtype: of the result. GPUs round to 16 bits on the way out, which saves writing and reading twice the bytes;
+        XLA's CPU kernels are slow at it, so there the result is rounded afterwards.
+      precision: of the sums; by default XLA's, but float32 operands are multiplied in float32, where GPUs would take
+        TF32, with 10 mantissa bits.
+      kernel: by our own kernel, if both are of one type; `policy` sees to it that it is one that the kernel takes.
+    """
+    if kernel and a.dtype == b.dtype:
+        # Imported here: Pallas takes a quarter of a second, and is not on every platform.
+        from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul
+
         return fp8_matmul(a if contract_a else a.T, b if contract_b else b.T)
+    if a.dtype == F32:
+        precision = lax.Precision.HIGHEST
+    asked = F32 if on_cpu() else out_dtype
     contracted = (((contract_a,), (contract_b,)), ((), ()))
-    precision = precision or full_precision(a.dtype)
-    return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _dot_16(a_NK: Array, b: Array, contract_b: int, dtype: jnp.dtype) -> Array:
-    """The product of two matrices in `dtype`, the second contracted over either axis."""
-    contracted = (((1,), (contract_b,)), ((), ()))
-    asked = _result_dtype(jnp.dtype(dtype))
-    precision = full_precision(a_NK.dtype)
-    return lax.dot_general(a_NK, b, contracted, precision=precision, preferred_element_type=asked).astype(dtype)
+    return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=asked).astype(out_dtype)
 
 
 def _backward_precision(prepared: "Prepared") -> lax.Precision | None:
@@ -121,7 +122,7 @@ def _weight_grad(x_NI: Array, g_NO: Array, precision: lax.Precision | None = Non
     """
     if on_cpu() and x_NI.dtype.itemsize == 2:
         return _dot(_transposed_copy(x_NI), g_NO, 1, 0)
-    return _dot(x_NI, g_NO, 0, 0, precision, kernel)
+    return _dot(x_NI, g_NO, 0, 0, F32, precision, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -146,7 +147,7 @@ def _matmul_forward(x_NI, w_IO, compute_dtype, out_dtype, path):
     # Empty arrays carry the caller's dtypes to the backward pass: residuals must be arrays.
     like = jnp.zeros((0,), x_NI.dtype), jnp.zeros((0,), w_IO.dtype)
     with gemm_scope(path, "forward"):
-        return _dot_16(x, w, 0, out_dtype), (x, w, like)
+        return _dot(x, w, 1, 0, jnp.dtype(out_dtype)), (x, w, like)
 
 
 def _matmul_backward(compute_dtype, out_dtype, path, residuals, g_NO):
@@ -154,7 +155,7 @@ def _matmul_backward(compute_dtype, out_dtype, path, residuals, g_NO):
     x, w, (like_x, like_w) = residuals
     g = g_NO.astype(compute_dtype)
     with gemm_scope(path, "dx"):
-        dx_NI = _dot_16(g, w, 1, like_x.dtype)
+        dx_NI = _dot(g, w, 1, 1, like_x.dtype)
     with gemm_scope(path, "dw"):
         return dx_NI, _weight_grad(x, g).astype(like_w.dtype)
 
@@ -253,7 +254,7 @@ def product_forward(x_NI: Array, prepared: Prepared) -> tuple[Array, Operand, Ro
         x_NI, p.recipe.activation, p.activation, (1, 0), p.native, p.activation_key, p.axis_name, p.collect
     )
     with gemm_scope(p.path, "forward"):
-        product = _dot(x.values, p.forward.values, 1, 0, None, p.kernel)[: x_NI.shape[0], : p.shape[1]]
+        product = _dot(x.values, p.forward.values, 1, 0, kernel=p.kernel)[: x_NI.shape[0], : p.shape[1]]
         y_NO = product * x.inverse_scale * p.forward.inverse_scale
     return y_NO, x_backward, stats
 
@@ -266,7 +267,7 @@ def product_backward(g_NO: Array, x: Operand, prepared: Prepared) -> tuple[Array
         g_NO, p.recipe.gradient, p.gradient, (1, 0), p.native, p.gradient_key, p.axis_name, p.collect
     )
     with gemm_scope(p.path, "dx"):
-        product = _dot(g.values, p.backward.values, 1, 1, precision, p.kernel)[: g_NO.shape[0], : p.shape[0]]
+        product = _dot(g.values, p.backward.values, 1, 1, F32, precision, p.kernel)[: g_NO.shape[0], : p.shape[0]]
         dx_NI = product * g.inverse_scale * p.backward.inverse_scale.T
     with gemm_scope(p.path, "dw"):
         product = _weight_grad(x.values, g_backward.values, precision, p.kernel)[: p.shape[0], : p.shape[1]]

@@ -303,7 +303,7 @@ def _plan(
     native = backend == "native" or (backend == "auto" and possible and multiplied)
     if not native and not why:
         why = "precision.backend=emulated"
-    kernel = kernel and native and recipe_has_one_type(recipe)
+    kernel = kernel and native and _has_one_type(recipe)
     if kernel and not has_wgmma():
         raise ValueError(
             f"precision.kernel=pallas: the kernel that would multiply {path} is made of instructions that compute"
@@ -312,7 +312,7 @@ def _plan(
     return LayerPlan(path, shape, recipe, native, kernel, "" if kernel and why == MAY_CONVERT else why)
 
 
-def recipe_has_one_type(recipe: Recipe) -> bool:
+def _has_one_type(recipe: Recipe) -> bool:
     """Whether some product of the layer multiplies two operands of one type that FP8 matrix units take."""
     x, w, g = (recipe.role(role).fmt.name for role in ROLES)
     return any(a == b and a in UNIT_FORMATS for a, b in ((x, w), (x, g), (w, g)))

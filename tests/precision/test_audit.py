@@ -161,6 +161,24 @@ def test_products_in_16_bits_have_names_too():
     assert {gemm.layer for gemm in found} == {"blocks.0.mlp.up"}
 
 
+def test_programs_of_several_steps():
+    """Counts are of one step; a loop whose length XLA does not say still counts once."""
+    policy = resolve([(r"blocks.*|lm_head", "hybrid")], SHAPES)
+    one = audit(recorded("hybrid_cublaslt"), policy).summary()
+    two = audit(recorded("hybrid_cublaslt"), policy, steps=2)
+    assert {gemm.times for finding in two.findings for gemm in finding.gemms} == {1}
+    assert two.summary()["fp8_got"] == one["fp8_got"]
+
+
+def test_a_program_written_otherwise_is_refused_in_a_sentence():
+    """An operand that is nowhere defined, as a later XLA might leave it."""
+    text = recorded("hybrid_cublaslt").replace("%bitcast", "%another")
+    text = text.replace("%another", "%bitcast", 1)
+    with pytest.raises(ValueError, match="the audit cannot read this program: KeyError") as caught:
+        audit(text.replace("custom-call(%another", "custom-call(%nowhere"), resolve([("lm_head", "hybrid")], SHAPES))
+    assert str(caught.value).count("\n") == 0
+
+
 def test_names_of_types():
     ours = {"f8e4m3fn": "e4m3fn", "f8e5m2": "e5m2", "bf16": "bfloat16", "f32": "float32", "s8": "s8"}
     assert {name: our_name(name) for name in ours} == ours

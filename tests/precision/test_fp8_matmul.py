@@ -65,6 +65,13 @@ def test_large_products_get_large_tiles():
     assert small.m * small.n == min(tiles.m * tiles.n for tiles in CANDIDATES)
 
 
+def test_every_candidate_fits_into_shared_memory():
+    assert len(set(CANDIDATES)) == len(CANDIDATES) == 5
+    assert all(tiles.shared_bytes() <= SHARED_BYTES for tiles in CANDIDATES)
+    # By hand: two slices of 128 bytes for 128 + 256 rows, and 128 x 256 float32 results.
+    assert CANDIDATES[0].shared_bytes() == 2 * 128 * (128 + 256) + 4 * 128 * 256
+
+
 def test_what_it_refuses():
     a, b = operands(128, 128, 128, jnp.float8_e5m2)
     with pytest.raises(ValueError, match="not float8_e5m2 by float8_e4m3fn"):

@@ -54,17 +54,12 @@ class Tiles:
 
 
 # From large to small: a large tile reads its operands less often, a small one leaves no multiprocessor idle.
-CANDIDATES = tuple(
-    tiles
-    for tiles in (
-        Tiles(128, 128, 128, 3),
-        Tiles(64, 256, 128, 2),
-        Tiles(64, 128, 128, 4),
-        Tiles(64, 128, 128, 5),
-        Tiles(64, 64, 128, 4),
-        Tiles(64, 64, 128, 6),
-    )
-    if tiles.shared_bytes() <= SHARED_BYTES
+CANDIDATES: tuple[Tiles, ...] = (
+    Tiles(64, 256, 128, 2),
+    Tiles(64, 128, 128, 4),
+    Tiles(64, 128, 128, 5),
+    Tiles(64, 64, 128, 4),
+    Tiles(64, 64, 128, 6),
 )
 MULTIPLE = 128  # operands are padded to this along every axis, so that one of the candidates fits
 MULTIPROCESSORS = 132  # of an H100 or H200
