@@ -118,19 +118,19 @@ def _run_file(path: Path) -> ModuleType:
 
 def check_keys(config: ConfigDict, dotted: Iterable[str]) -> None:
     """Raises UsageError for the first dotted name that is no setting, with the nearest one that is."""
-    known = _leaves(config)
+    known = leaves(config)
     for key in dotted:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
             raise UsageError(f"unknown config key config.{key}: did you mean config.{nearest}?")
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> list[str]:
+def leaves(config: ConfigDict, prefix: str = "") -> list[str]:
     """Dotted names of all settings."""
     names = []
     for key in config:
         inner = config[key]
-        names += _leaves(inner, f"{prefix}{key}.") if isinstance(inner, ConfigDict) else [f"{prefix}{key}"]
+        names += leaves(inner, f"{prefix}{key}.") if isinstance(inner, ConfigDict) else [f"{prefix}{key}"]
     return names
 
 

@@ -24,6 +24,11 @@ def make_console(quiet: bool = False) -> RichConsole:
     return RichConsole(highlight=False, markup=False, emoji=False, width=width, quiet=quiet)
 
 
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
 def print_header(console: RichConsole, title: str, facts: dict[str, str]) -> None:
     """What is about to run, as a two-column list."""
     table = Table.grid(padding=(0, 2))
@@ -91,8 +96,7 @@ class ConsoleSink:
         done = step - self._first
         if done < 1 or step >= self._total:
             return ""
-        seconds = (time.monotonic() - self._started) / done * (self._total - step)
-        return f"eta {int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+        return f"eta {clock((time.monotonic() - self._started) / done * (self._total - step))}"
 
     def rewind(self, step: int) -> None:
         """Moves the bar back."""

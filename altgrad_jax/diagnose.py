@@ -33,7 +33,7 @@ def make_diagnose_step(
     shadow_graphdef: Any,
     *,
     loss_chunk: int,
-    seed: int,
+    seed: int | Array,
     policy: Policy,
     loss_scale: LossScale,
     weights: Weights = FLOAT32_WEIGHTS,

@@ -3,6 +3,7 @@
 The training loop and the benchmarks start here, so what they run is the same program.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from altgrad_jax.data.batches import TrainBatches, evaluation_batches, validatio
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.diagnose import make_diagnose_step, make_update_measure, measure_spectra, name_answers, name_update
 from altgrad_jax.diagnostics.questions import parse_questions
+from altgrad_jax.flops import model_flops_per_token
 from altgrad_jax.model import attention_implementation
 from altgrad_jax.parallel import RunDiagnose, RunEval, RunUpdateMeasure
 from altgrad_jax.program import Program, build_program
@@ -61,6 +63,21 @@ class Experiment(Program):
         """Mean loss over the validation windows, nats per token."""
         return float(np.mean(jax.device_get([self.run_eval(state, batch) for batch in self.eval_batches])))
 
+    def loss_record(self, loss: float) -> Record:
+        """What is logged of a validation loss."""
+        record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+        if (floor := self.cache.entropy_floor(self.eval_split)) is not None:
+            record["val/loss_above_floor"] = loss - floor
+        return record
+
+    def speed_record(self, tokens_per_second: float) -> Record:
+        """What is logged of a speed: tokens a second, and the share of the devices' peak, where that is known."""
+        record: Record = {"train/tokens_per_second": tokens_per_second}
+        if self.peak_flops is not None:
+            operations = tokens_per_second * model_flops_per_token(self.model)
+            record["train/mfu"] = operations / (self.peak_flops * self.parallel.device_count)
+        return record
+
     def questions_at(self, step: int) -> frozenset[str]:
         """What is asked about the step about to be taken, the first being step 0."""
         every = self.config.diagnostics
@@ -84,7 +101,7 @@ class Experiment(Program):
 
     def keep(self, state: TrainState) -> Any:
         """A copy of what `measure_update` compares a later state with; a step consumes its own."""
-        return _copied(self.parallel.on_one_device((state.params, state.quant)))
+        return copied(self.parallel.on_one_device((state.params, state.quant)))
 
     def measure_update(self, before: Any, state: TrainState) -> Record:
         """What the step between `keep` and this state did to the weights, named; waits for it."""
@@ -105,7 +122,8 @@ _spectra = jax.jit(measure_spectra)
 
 
 @jax.jit
-def _copied(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
+    """Arrays of their own, which a step that consumes its state leaves alone."""
     return jax.tree.map(jnp.copy, tree)
 
 

@@ -94,12 +94,18 @@ def memory_errors(settings: str) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as e:
-        text = str(e)
-        if not isinstance(e, MemoryError) and not re.search("RESOURCE_EXHAUSTED|out of memory", text, re.IGNORECASE):
+        if not is_out_of_memory(e):
             raise
-        found = _SIZE.search(text)
+        found = _SIZE.search(str(e))
         asked = f" for {found[1]}" if found else ""
         raise UserError(f"out of memory{asked} on {_device_memory()}; {settings}") from e
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an exception of XLA's, or Python's, says."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE) is not None
+    return isinstance(error, MemoryError)
 
 
 def _device_memory() -> str:

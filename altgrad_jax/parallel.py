@@ -19,7 +19,6 @@ from altgrad_jax.state import TrainState
 from altgrad_jax.step import AXIS
 
 Array = jax.Array
-Step = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
 RunDiagnose = Callable[..., dict[str, Any]]
 RunUpdateMeasure = Callable[[Any, Any], dict[str, Any]]
 RunEval = Callable[[TrainState, Array], Array]
@@ -115,11 +114,11 @@ class DataParallel:
         """Shape and dtype of a batch, with the sharding that `shard` gives."""
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
-    def train_step(self, step: Step) -> "DeviceStep":
+    def train_step(self, step: Callable) -> "DeviceStep":
         """(state, sharded batch) -> (state, metrics); the state passed in is donated."""
         return self._settled(self._pmap(step, donate=True))
 
-    def eval_step(self, step: RunEval) -> "DeviceStep":
+    def eval_step(self, step: Callable) -> "DeviceStep":
         """(state, sharded batch) -> metrics; the state is kept."""
         return self._settled(self._pmap(step, donate=False))
 

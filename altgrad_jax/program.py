@@ -102,8 +102,10 @@ class Program:
         return self.run_train.compile(self.abstract_state(), self.abstract_batch(), options=options)
 
 
-def make_policy(config: ConfigDict) -> Policy:
+def make_policy(config: ConfigDict, traced: bool = False) -> Policy:
     """The precision rules applied to the model's layers, on this machine.
+
+    Formats are in the state with `traced`, and where `config.stability.fallback` may change them.
 
     Raises:
       UsageError: a rule is malformed, decides no layer, or cannot be run as `backend` and `strict` ask.
@@ -111,13 +113,12 @@ def make_policy(config: ConfigDict) -> Policy:
     precision = config.precision
     shapes = layer_shapes(gpt_config(config.model, precision.compute))
     try:
-        traced = config.stability.fallback
         return resolve(
             precision.rules,
             shapes,
             backend=precision.backend,
             strict=precision.strict,
-            traced=traced,
+            traced=traced or config.stability.fallback,
             kernel=precision.kernel,
         )
     except ValueError as e:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,12 @@ def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
     }
 
 
-def session(step: int) -> dict[str, Any]:
-    """One start of the run's command: when, from which step, on what, with which code."""
+def session(step: int, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """One start of the run's command (None: of this process): when, from which step, on what, with which code."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
-        "command": ["python", "-m", "altgrad_jax.main", *sys.argv[1:]],
+        "command": list(command or ["python", "-m", "altgrad_jax.main", *sys.argv[1:]]),
         "versions": versions(),
         "devices": devices(),
         "environment": environment(),

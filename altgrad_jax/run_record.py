@@ -4,7 +4,9 @@ import math
 import resource
 import secrets
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,7 +42,14 @@ class Progress:
 
 
 def write_manifest(
-    workdir: Workdir, exp: Experiment, identity: dict[str, Any], step: int, origin: str, audited: Audit | str
+    workdir: Workdir,
+    exp: Experiment,
+    identity: dict[str, Any],
+    step: int,
+    origin: str,
+    audited: Audit | str,
+    command: Sequence[str] | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Writes manifest.json and config.json as a session begins, and returns the manifest.
 
@@ -53,6 +62,8 @@ def write_manifest(
       step: where the session begins.
       origin: where its state came from, for people.
       audited: what the compiled step multiplies, and in which types; or why that cannot be told.
+      command: that would do the same; this process's own where it is not given.
+      more: further entries.
     """
     before = workdir.read_json("manifest.json")
     if before is not None and before["identity"] != identity:
@@ -70,7 +81,8 @@ def write_manifest(
         "parameters": parameter_counts(exp.model),
         "state_bytes": state_bytes(exp),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),
-        "sessions": [*sessions, provenance.session(step) | {"origin": origin}],
+        "sessions": [*sessions, provenance.session(step, command) | {"origin": origin}],
+        **more,
     }
     if is_primary():
         workdir.write_json("manifest.json", manifest)

@@ -45,8 +45,8 @@ def model_structure(config: GPTConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))[0]
 
 
-def init_params(config: GPTConfig, seed: int) -> Any:
-    """Freshly drawn parameters, a pure nested dict."""
+def init_params(config: GPTConfig, seed: int | Array) -> Any:
+    """Freshly drawn parameters, a pure nested dict; `seed` is a number or the key that it stands for."""
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
 

@@ -88,7 +88,7 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     loss_chunk: int,
-    seed: int,
+    seed: int | Array,
     policy: Policy = UNQUANTISED_POLICY,
     loss_scale: LossScale = UNSCALED,
     weights: Weights = FLOAT32_WEIGHTS,
@@ -170,7 +170,7 @@ class StepKeys(NamedTuple):
     rounding: Array
 
 
-def step_keys(seed: int, step: Array) -> StepKeys:
+def step_keys(seed: int | Array, step: Array) -> StepKeys:
     """The keys of a step; they follow from the run's seed and the step, and are not carried."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return StepKeys(jax.random.fold_in(key, lax.axis_index(AXIS)), jax.random.fold_in(key, ROUNDING_STREAM))

@@ -6,11 +6,11 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 """
 
 import logging
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +25,6 @@ from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
-from altgrad_jax.flops import model_flops_per_token
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_device, memory_errors
 from altgrad_jax.meter import Meter
@@ -60,10 +59,16 @@ class Start:
     skipped_batches: int = 0
 
 
-def train(config: ConfigDict, workdir_path: str) -> int:
+def train(
+    config: ConfigDict,
+    workdir_path: str,
+    command: Sequence[str] | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     """Trains as `config` says in a work directory, resuming what is there; returns the process's exit status.
 
-    0 finished, 1 diverged, 130 / 143 interrupted. The configuration has been validated.
+    0 finished, 1 diverged, 130 / 143 interrupted. The configuration has been validated. A sweep gives the `command`
+    that would do the same, and `more` entries of the manifest.
 
     Raises:
       UserError: anything the user can mend; nothing of an earlier session is lost.
@@ -94,7 +99,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         audited, compile_seconds = compile_audited(exp, start.state)
         found = audited if isinstance(audited, str) else audited.headline()
         console.print(f"  {found}", highlight=False, soft_wrap=True)
-        manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited)
+        manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited, command, more)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         trace = StepTrace(workdir.path / "profile" if config.profile else None)
         cleanup.callback(trace.close)
@@ -138,7 +143,6 @@ class Loop:
         self._began, self._earlier_seconds = time.monotonic() - compile_seconds, start.seconds
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
         self._fallback = make_fallback(exp.config.stability)
-        self._floor = exp.cache.entropy_floor(exp.eval_split)
         self._trace = trace or StepTrace(None)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
 
@@ -251,10 +255,8 @@ class Loop:
 
         Waits for them to end: the only copy from the devices in most steps.
         """
-        values, speed = (
-            {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()},
-            self._speed(step),
-        )
+        values = {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()}
+        speed = self.exp.speed_record(self._meter.rate(step))
         count = self.exp.config.train.steps_per_dispatch
         records = [
             {"step": step - count + 1 + i} | {name: value[i].item() for name, value in values.items()} | speed
@@ -263,21 +265,9 @@ class Loop:
         records[0] |= answers
         return records
 
-    def _speed(self, step: int) -> Record:
-        """Tokens a second, and the share of the devices' peak that makes, where that is known."""
-        speed: Record = {"train/tokens_per_second": self._meter.rate(step)}
-        if self.exp.peak_flops is not None:
-            operations = speed["train/tokens_per_second"] * model_flops_per_token(self.exp.model)
-            speed["train/mfu"] = operations / (self.exp.peak_flops * self.exp.parallel.device_count)
-        return speed
-
     def _evaluate(self) -> Record:
         """The validation loss of the current parameters."""
-        loss = self.exp.evaluate(self.state)
-        record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
-        if self._floor is not None:
-            record["val/loss_above_floor"] = loss - self._floor
-        return record
+        return self.exp.loss_record(self.exp.evaluate(self.state))
 
     def _log(self, *records: Record) -> bool:
         """Sends out those records that are due; returns whether the run has diverged, at the first that says so."""

@@ -13,6 +13,10 @@ from typing import Any
 from altgrad_jax.errors import UserError
 
 
+class BusyError(UserError):
+    """Another process holds the folder."""
+
+
 class Workdir:
     """The folder of one run, held by one process at a time.
 
@@ -29,7 +33,7 @@ class Workdir:
         Of several processes that train together in one folder, one locks it for all.
 
         Raises:
-          UserError: the folder cannot be written, or another process trains in it.
+          UserError: the folder cannot be written, or (`BusyError`) another process trains in it.
         """
         self.path = Path(path).expanduser().absolute()
         self._made: set[Path] = set()  # folders that were not there
@@ -49,14 +53,14 @@ class Workdir:
         self._found = set(os.listdir(self.path))
 
     def _hold(self) -> int:
-        """The lock file, locked. Raises UserError if another process holds it."""
+        """The lock file, locked. Raises BusyError if another process holds it."""
         while True:
             handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(handle)
-                raise UserError(
+                raise BusyError(
                     f"another process is training in {self.path}; wait for it to end or use another --workdir"
                 ) from None
             if _is_at(handle, self._lock_file):

@@ -29,7 +29,7 @@ LAYERS = (
     ("experiment",),
     ("run_record",),
     ("train", "sample", "audit", "report", "data.__main__"),
-    ("main",),
+    ("main", "sweep"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

@@ -70,7 +70,7 @@ def make_optimizer(
     optimizer: ConfigDict,
     total_steps: int,
     formats: Formats = no_formats,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     relative_clip: bool = False,
 ) -> Transformation:
     """Gradient clipping by global norm, then the optimizer named, with decay on matrices only.
@@ -104,12 +104,12 @@ def _other(c: ConfigDict, total_steps: int) -> Transformation:
     return optax.adamw(make_schedule(c, total_steps, c.other_learning_rate), **_adam_options(c))
 
 
-def _adamw(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> Transformation:
+def _adamw(c: ConfigDict, total_steps: int, formats: Formats, seed: int | jax.Array) -> Transformation:
     del formats, seed
     return optax.adamw(make_schedule(c, total_steps), **_adam_options(c))
 
 
-def _manifold(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> Transformation:
+def _manifold(c: ConfigDict, total_steps: int, formats: Formats, seed: int | jax.Array) -> Transformation:
     del seed
     own = {"placement": c.placement, "form": c.form, "max_stiffness": c.max_stiffness}
     other = make_schedule(c, total_steps, c.other_learning_rate)
@@ -117,13 +117,13 @@ def _manifold(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> T
     return manifold_adamw(schedule, formats, **own, **_adam_options(c), other_learning_rate=other)
 
 
-def _grid(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> Transformation:
+def _grid(c: ConfigDict, total_steps: int, formats: Formats, seed: int | jax.Array) -> Transformation:
     own = {"momentum": c.momentum, "weight_decay": c.weight_decay, "rung_clip": c.rung_clip, "seed": seed}
     parts = {"grid": grid(make_schedule(c, total_steps), formats, **own), "rest": _other(c, total_steps)}
     return optax.partition(parts, lambda tree: labels(formats, tree))
 
 
-def _madam(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> Transformation:
+def _madam(c: ConfigDict, total_steps: int, formats: Formats, seed: int | jax.Array) -> Transformation:
     """Multiplicative for matrices, whose elements begin away from zero; vectors may begin at it, and get AdamW."""
     del formats, seed
     made = madam(make_schedule(c, total_steps), b=c.b2, update_clip=c.update_clip, max_scale=c.max_scale)
@@ -131,11 +131,11 @@ def _madam(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> Tran
     return optax.partition(parts, lambda tree: jax.tree.map(lambda p: "grid" if p.ndim >= 2 else "rest", tree))
 
 
-def _adamw_sr(c: ConfigDict, total_steps: int, formats: Formats, seed: int) -> Transformation:
+def _adamw_sr(c: ConfigDict, total_steps: int, formats: Formats, seed: int | jax.Array) -> Transformation:
     return adamw_sr(make_schedule(c, total_steps), formats, moments=c.moments, seed=seed, **_adam_options(c))
 
 
-MAKERS: dict[str, Callable[[ConfigDict, int, Formats, int], Transformation]] = {
+MAKERS: dict[str, Callable[[ConfigDict, int, Formats, int | jax.Array], Transformation]] = {
     "adamw": _adamw,
     "manifold_adamw": _manifold,
     "grid": _grid,

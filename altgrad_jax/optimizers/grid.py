@@ -36,7 +36,7 @@ def grid(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     rung_clip: float = 10.0,
-    seed: int = 0,
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """The rule above, for parameters that all have a format; combine it with another by `optax.partition`.
 

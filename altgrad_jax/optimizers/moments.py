@@ -82,7 +82,7 @@ class Adam8State(NamedTuple):
 
 
 def scale_by_adam_8bit(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, seed: int = 0
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, seed: int | Array = 0
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with the moments rounded when they are stored; an update uses them unrounded."""
 

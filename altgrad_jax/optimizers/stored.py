@@ -24,7 +24,7 @@ class CountState(NamedTuple):
     steps: Array
 
 
-def round_stochastically(formats: Formats, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def round_stochastically(formats: Formats, seed: int | Array = 0) -> optax.GradientTransformationExtraArgs:
     """Turns an update u of a weight w into round_stochastic(w + u) - w, on the grid that w is kept on.
 
     Apply the updates with `grids.apply_on_grids`. Parameters without a format are updated as they are.
@@ -58,7 +58,7 @@ def adamw_sr(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     mask: Any = None,
-    seed: int = 0,
+    seed: int | Array | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose result is rounded stochastically to each weight's format; other arguments as `optax.adamw`.
 

@@ -1,0 +1,138 @@
+"""Runs a matrix of experiments: every recipe x optimizer x seed, many at once, resumable.
+
+    python -m altgrad_jax.sweep --config=configs/matrix.py:quick --workdir=runs/quick [--shard=0/4]
+
+Running the same command again goes on: conditions that have ended are not repeated, groups that were running go on
+from their checkpoints. A condition that diverges or fails is a result. Exit status: 0 all conditions have ended, 1
+some failed, 2 usage error, 130 / 143 interrupted. `python -m altgrad_jax.report WORKDIR --out=report.html` shows the
+results.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from altgrad_jax.allocator import restart_with_large_pages
+
+if __name__ == "__main__":
+    restart_with_large_pages()
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from altgrad_jax import cli
+from altgrad_jax.config import load_config
+from altgrad_jax.console import make_console, print_header
+from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.errors import UsageError
+from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.machine import check_xla_flags
+from altgrad_jax.sweep.matrix import PLAIN_FILE, Condition, conditions
+from altgrad_jax.sweep.progress import Progress
+from altgrad_jax.sweep.run import refuse_others, run_all
+from altgrad_jax.sweep.search import choose, search_conditions
+from altgrad_jax.workdir import write_json
+
+MANY_ON_CPU, MANY = 8, 64  # conditions in one program where config.together is 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "i/n" as (i, n).
+
+    Raises:
+      UsageError: it is no such thing, or i is not below n.
+    """
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UsageError(f"--shard={text} is not i/n with i from 0 to n - 1, such as 0/4")
+    return int(i), int(n)
+
+
+def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
+    """Runs a matrix, or its `shard`, in a folder; returns the exit status.
+
+    Raises:
+      UsageError: the matrix contradicts itself.
+      UserError: anything else that the user can mend.
+    """
+    plain = load_config(str(Path(__file__).resolve().parents[2] / PLAIN_FILE))
+    if matrix.together < 0:
+        raise UsageError(f"config.together={matrix.together} must be 0 (as many as memory allows) or more")
+    if matrix.base.tracking.wandb != "disabled":
+        raise UsageError(
+            "config.base.tracking.wandb must be 'disabled': the conditions of a sweep are recorded in their"
+            " folders, and not sent to W&B"
+        )
+    compiled = workdir / "compiled"
+    if not matrix.base.runtime.compilation_cache:  # groups of one size share their programs
+        matrix.base.runtime.compilation_cache = str(compiled)
+    trial, all_conditions = search_conditions(matrix, plain), conditions(matrix, plain)
+    corpus = open_corpus(matrix.base)  # prepared once, before any process needs it
+    console = make_console()
+    progress = Progress(console)
+    together = matrix.together or (MANY_ON_CPU if jax.default_backend() == "cpu" else MANY)
+    refuse_others(trial, workdir / "search")
+    _describe(workdir, matrix, all_conditions)
+    facts = {
+        "question": matrix.question,
+        "work directory": str(workdir),
+        "conditions": f"{len(all_conditions)}, and {len(trial)} of the search for learning rates",
+        "each": f"{matrix.base.train.steps} steps on {corpus.header.source.name}, data {corpus.sha256[:8]}",
+        "shard": f"{shard[0]} of {shard[1]}",
+    }
+    print_header(console, f"altgrad_jax sweep {matrix.name}", facts)
+    given = {"matrix": matrix.name, "together": together, "progress": progress}
+    with GracefulStop() as stop:
+        factors = {}
+        if trial:
+            if not run_all(trial, workdir / "search", shard=(0, 1), stop=stop, **given):
+                return stop.exit_code
+            found = choose(trial, workdir / "search")
+            write_json(workdir / "search" / "rates.json", found)
+            factors = found["factors"]
+            for line in [f"learning rates x {factors}", *found["notes"]]:
+                console.print(line, soft_wrap=True)
+        chosen = conditions(matrix, plain, factors)
+        _describe(workdir, matrix, chosen)
+        if not run_all(chosen, workdir, shard=shard, stop=stop, **given):
+            return stop.exit_code
+    shutil.rmtree(compiled, ignore_errors=True)
+    counts = progress.statuses()
+    console.print(f"ended: {', '.join(f'{n} {status}' for status, n in counts.items())}; in {workdir}", soft_wrap=True)
+    return 1 if counts.get("failed") else 0
+
+
+def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condition]) -> None:
+    """Writes matrix.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(
+        workdir / "matrix.json",
+        {
+            "name": matrix.name,
+            "question": matrix.question,
+            "command": ["python", "-m", "altgrad_jax.sweep", *sys.argv[1:]],
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "conditions": [{"name": c.name, **c.facts} for c in all_conditions],
+        },
+    )
+
+
+def main() -> int:
+    """Checks the matrix, then runs it."""
+    matrix = cli.read_config(CONFIG)
+    if "base" not in matrix or "recipes" not in matrix:
+        raise UsageError("--config names no matrix of experiments; see configs/matrix.py")
+    shard = parse_shard(SHARD.value)
+    cli.quiet_libraries()
+    check_xla_flags()
+    return sweep(matrix, Path(WORKDIR.value or f"runs/{matrix.name}").expanduser(), shard)
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config()
+    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the conditions' folders; default runs/<config.name>.")
+    SHARD = flags.DEFINE_string("shard", "0/1", "Part i of n of the conditions, for several machines: i/n.")
+    cli.run(main)

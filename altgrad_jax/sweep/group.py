@@ -1,0 +1,277 @@
+"""Trains the conditions of one group together, each in a work directory of its own, as its own run would leave it.
+
+The group has one folder of checkpoints: killed, it goes on from the newest, and no condition is begun anew. A lane that
+diverges is a result like others: its folder is closed, and the rest go on.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from altgrad_jax import experiment, provenance
+from altgrad_jax.checkpoint import Checkpoints
+from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.diagnose import name_answers, name_update
+from altgrad_jax.diagnostics import attribution
+from altgrad_jax.diagnostics.questions import is_answered
+from altgrad_jax.experiment import Experiment
+from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.machine import check_device
+from altgrad_jax.meter import Meter
+from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.run_record import Progress, write_manifest, write_summary
+from altgrad_jax.stability import DivergenceWatch, Record, event
+from altgrad_jax.state import tree_sha256
+from altgrad_jax.sweep.lanes import Lane, Lanes
+from altgrad_jax.sweep.memory import free_bytes, needed_bytes
+from altgrad_jax.sweep.requests import Member, ended
+from altgrad_jax.tracking import MetricsFile
+from altgrad_jax.workdir import Workdir
+
+Tell = Callable[[str, int], None]
+RUNNING = "running"
+
+
+class TooLargeError(Exception):
+    """The conditions do not fit into memory together; `fitting` of them would."""
+
+    def __init__(self, fitting: int):
+        super().__init__(f"{fitting} fit")
+        self.fitting = fitting
+
+
+@dataclass
+class _Place:
+    """Where one lane's records go; what is known of it on the host."""
+
+    member: Member
+    exp: Experiment
+    workdir: Workdir
+    watch: DivergenceWatch
+    identity: dict[str, Any]
+    sink: MetricsFile | None = None
+    status: str = RUNNING
+    answered: list[Record] = field(default_factory=list)
+
+
+def train_together(members: Sequence[Member], folder: Path, tell: Tell) -> str:
+    """Trains conditions that `groups` has put together; returns "finished" or "interrupted".
+
+    Args:
+      members: the group's conditions; what has ended stays as it is, its lane runs on unseen.
+      folder: of the group's checkpoints; removed when all have ended.
+      tell: called with ("step", steps done) as they pass, and before with ("compiling", conditions).
+
+    Raises:
+      TooLargeError: they do not fit into memory together.
+      UserError: anything the user can mend.
+    """
+    with ExitStack() as cleanup:
+        check_device()
+        cache = open_corpus(members[0].config)
+        experiments = [experiment.build(member.config, cache) for member in members]
+        places = []
+        for member, exp in zip(members, experiments, strict=True):
+            workdir = Workdir(member.folder)
+            cleanup.callback(workdir.close)
+            identity = provenance.identity(member.config, cache) | exp.policy.identity()
+            watch = DivergenceWatch(member.config.stability.nan_patience)
+            places.append(_Place(member, exp, workdir, watch, identity, status=ended(member.folder) or RUNNING))
+        lanes = Lanes(experiments)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(folder / "checkpoints", max_to_keep=1)
+        cleanup.callback(checkpoints.close)
+        run = _Group(places, lanes, checkpoints, tell)
+        run.begin(cleanup)
+        with GracefulStop() as stop:
+            status = run.run(stop)
+            checkpoints.wait()
+    if status == "finished":
+        shutil.rmtree(folder, ignore_errors=True)
+    return status
+
+
+class _Group:
+    """One session's steps. Arrays live in `lanes`; everything else here is bookkeeping on the host."""
+
+    def __init__(self, places: list[_Place], programs: Lanes, checkpoints: Checkpoints, tell: Tell):
+        self._places, self._programs, self._checkpoints, self._tell = places, programs, checkpoints, tell
+        self._first = places[0].exp
+        self._steps = self._first.config.train.steps
+        self._identity = {f"{place.member.name}.{k}": v for place in places for k, v in place.identity.items()}
+        self.step, self._earlier_seconds = 0, 0.0
+        self.lanes: Lane
+
+    def begin(self, cleanup: ExitStack) -> None:
+        """Restores or draws the lanes, compiles, and opens every condition's folder."""
+        began = time.monotonic()
+        parallel = self._first.parallel
+        restored = self._checkpoints.restore_latest(
+            parallel.to_global_abstract(self._programs.abstract()), self._identity
+        )
+        if restored is None:
+            self.lanes = self._programs.fresh()
+        else:
+            self.lanes, self.step = parallel.to_local(restored.state), restored.step
+            self._earlier_seconds = restored.manifest["seconds"]
+        self._tell("compiling", len(self._places))
+        compiled = self._programs.compile_train(self.lanes)
+        free, needed = free_bytes(parallel.devices[0]), needed_bytes(compiled)
+        if free is not None and needed > free and len(self._places) > 1:
+            raise TooLargeError(max(1, len(self._places) * free // needed))
+        self._compile_seconds = time.monotonic() - began
+        self._began = began
+        audited = _audited(compiled.as_text() or "", self._programs, self._first)
+        origin = f"the checkpoint of step {self.step}" if restored else "new weights"
+        for place in self._active():
+            extra = {"condition": place.member.facts | {"together": len(self._places)}}
+            write_manifest(
+                place.workdir, place.exp, place.identity, self.step, origin, audited, place.member.command, extra
+            )
+            place.sink = MetricsFile(place.workdir.metrics, self.step)
+            cleanup.callback(place.sink.close, "")
+        tokens = self._first.config.train.batch_size * self._first.model.block_size
+        self._meter = Meter(tokens * len(self._places), self.step)
+
+    @property
+    def _seconds(self) -> float:
+        """Wall time of the group over all its sessions."""
+        return self._earlier_seconds + time.monotonic() - self._began
+
+    def run(self, stop: GracefulStop) -> str:
+        """Steps until all have ended, or an interrupt."""
+        config, programs = self._first.config, self._programs
+        if self.step == 0:
+            self._emit([{"step": 0} | record for record in self._evaluate()])
+        batches = [place.exp.batches.from_step(self.step) for place in self._places]
+        count, previous = config.train.steps_per_dispatch, None
+        while self.step < self._steps and self._active():
+            rows = [[next(source) for _ in range(count)] for source in batches]
+            batch = programs.shard([np.stack(r) if count > 1 else r[0] for r in rows])
+            answers, before = self._ask(batch)
+            self.lanes, metrics = programs.run_train(self.lanes, batch)
+            if previous is not None:
+                self._log(*previous)
+            self.step += count
+            if before is not None:
+                values = programs.measure_update(before, self.lanes)
+                for i, place in enumerate(self._places):
+                    answers[i] |= name_update(place.exp.abstract_params(), _lane(values, i))
+            previous = (self.step, metrics, answers)
+            last = self.step == self._steps
+            evaluates = last or self.step % config.train.eval_every == 0
+            saves = self.step % config.checkpoint.every == 0 or stop.requested
+            if evaluates or saves:
+                self._log(*previous, more=self._evaluate() if evaluates else None)
+                previous = None
+                if not last and saves:
+                    self._save()
+            self._tell("step", self.step)
+            if stop.requested and not last:
+                return "interrupted"
+        for i, place in enumerate(self._places):
+            if place.status == RUNNING:
+                self._end(i, "finished")
+        return "finished"
+
+    def _active(self) -> list[_Place]:
+        return [place for place in self._places if place.status == RUNNING]
+
+    def _ask(self, batch: jax.Array) -> tuple[list[Record], Any]:
+        """Each lane's answers about the step to be taken on this batch; what to keep to ask what the step did."""
+        questions = self._first.questions_at(self.step)
+        answers: list[Record] = [{} for _ in self._places]
+        if not questions:
+            return answers, None
+        with self._meter.paused():
+            if asked := questions - {"weights"}:
+                values = self._programs.diagnose(self.lanes, batch, asked)
+                for i, place in enumerate(self._places):
+                    policy = self._programs.policies[i]
+                    answers[i] |= name_answers(policy, place.exp.abstract_params(), _lane(values, i))
+            return answers, self._programs.keep(self.lanes) if "weights" in questions else None
+
+    def _evaluate(self) -> list[Record]:
+        with self._meter.paused():
+            losses = self._programs.evaluate(self.lanes)
+        return [place.exp.loss_record(float(loss)) for place, loss in zip(self._places, losses, strict=True)]
+
+    def _log(
+        self, step: int, metrics: Mapping[str, jax.Array], answers: list[Record], more: list[Record] | None = None
+    ) -> None:
+        """Fetches and writes the records of a dispatch's steps, of which `step` is the last."""
+        values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
+        count = self._first.config.train.steps_per_dispatch
+        rate = self._meter.rate(step)  # of all lanes together
+        for j in range(count):
+            records = []
+            for i, place in enumerate(self._places):
+                of_lane = {name: value[i].reshape(-1)[j].item() for name, value in values.items()}
+                record = {"step": step - count + 1 + j} | of_lane | place.exp.speed_record(rate)
+                record |= answers[i] if j == 0 else {}
+                records.append(record | (more[i] if more and j == count - 1 else {}))
+            self._emit(records)
+
+    def _emit(self, records: list[Record]) -> None:
+        """Writes one record a lane, and closes the folders of those that have diverged."""
+        for i, (place, record) in enumerate(zip(self._places, records, strict=True)):
+            if place.status != RUNNING or place.sink is None:
+                continue
+            diverged = "train/loss" in record and place.watch.diverged(record)
+            every = place.exp.config.train.log_every
+            if record["step"] % every == 0 or "val/loss" in record or is_answered(record) or diverged:
+                place.sink.log(record)
+            if is_answered(record):
+                self._warn(place, record)
+            if diverged:
+                self._end(i, "diverged", record["step"])
+
+    def _warn(self, place: _Place, record: Record) -> None:
+        """Notes which thresholds of failure this record is the first to cross."""
+        before = len(attribution.first_failures(place.answered))
+        place.answered.append(record)
+        if (new := attribution.first_failures(place.answered)[before:]) and place.sink is not None:
+            place.sink.log(event(record["step"], "warning", attribution.describe(new)))
+
+    def _save(self) -> None:
+        """Saves all lanes."""
+        for place in self._active():
+            assert place.sink is not None
+            place.sink.sync()
+        manifest = {"identity": self._identity, "seconds": self._seconds}
+        self._checkpoints.save(
+            self.step, self._first.parallel.to_global(self.lanes), {"next_step": self.step, "epoch": 0.0}, manifest
+        )
+
+    def _end(self, i: int, status: str, step: int | None = None) -> None:
+        """Closes a condition's folder; its share of the group's time is its wall time."""
+        place, count = self._places[i], len(self._places)
+        place.status = status
+        digest = None
+        if status == "finished":
+            digest = tree_sha256(jax.device_get(jax.tree.map(lambda x: x[i], self.lanes.state.params)))
+        assert place.sink is not None
+        place.sink.sync()
+        progress = Progress(
+            self.step if step is None else step, self._seconds / count, self._compile_seconds / count, digest
+        )
+        write_summary(place.workdir, place.exp, status, progress)
+
+
+def _lane(values: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], values)
+
+
+def _audited(text: str, programs: Lanes, first: Experiment) -> Audit | str:
+    """What the program of all lanes multiplies; or why that cannot be told."""
+    try:
+        return audit(text, programs.policies[0], first.config.precision.compute, first.config.train.steps_per_dispatch)
+    except ValueError as e:
+        return f"what the compiled step multiplies cannot be told: {e}"

@@ -1,0 +1,69 @@
+"""Which conditions one compiled program can run: those that differ in nothing but values that may be traced."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from altgrad_jax import provenance
+from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.policy import Policy
+from altgrad_jax.precision.recipes import RoleRecipe
+from altgrad_jax.precision.scaling import carrier
+from altgrad_jax.program import make_policy
+from altgrad_jax.sweep.lanes import TRACED_OPTIONS
+from altgrad_jax.sweep.matrix import Condition
+
+ALONE = "alone"
+
+
+def groups(conditions: Sequence[Condition], together: int) -> list[list[Condition]]:
+    """Conditions that run together, at most `together` at once; in the order of the first of each.
+
+    Those that cannot share a program come one by one.
+    """
+    found: dict[str, list[Condition]] = {}
+    for condition in conditions:
+        key = program_key(condition)
+        found.setdefault(f"{ALONE} {condition.name}" if key == ALONE else key, []).append(condition)
+    parts = []
+    for members in found.values():
+        count = -(-len(members) // together)  # parts of nearly one size: as few programs as can be
+        size = -(-len(members) // count)
+        parts += [members[i : i + size] for i in range(0, len(members), size)]
+    return parts
+
+
+def program_key(condition: Condition) -> str:
+    """Equal for conditions that one program can run; `ALONE` for those that need a run of their own.
+
+    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; and profiles.
+    """
+    config = condition.config
+    policy = make_policy(config)
+    stability = config.stability
+    if any(plan.native for plan in policy.plans) or stability.fallback or stability.rewinds or config.profile:
+        return ALONE
+    plain = provenance.config_dict(config)
+    del plain["seed"], plain["tracking"], plain["checkpoint"]["max_to_keep"]
+    del plain["precision"]["rules"]
+    for key in TRACED_OPTIONS:
+        del plain["optimizer"][key]
+    # These build formats into their program, or store weights as a format's codes.
+    by_name = config.optimizer.name == "adamw_sr" or config.optimizer.weights != "float32" or stability.relative_clip
+    return json.dumps([plain, _structure(policy, by_name)], sort_keys=True)
+
+
+def _structure(policy: Policy, by_name: bool) -> list[Any]:
+    """What a program knows of its layers' recipes."""
+    return [[plan.path, *(_role(plan.recipe.role(role), by_name) for role in plan.roles)] for plan in policy.plans]
+
+
+def _role(role: RoleRecipe, by_name: bool) -> list[Any]:
+    """An operand's recipe, its format as far as a program that leaves it open has to know it."""
+    fmt, narrow = role.fmt, carrier(role.fmt)
+    if by_name or (narrow == "bfloat16" and not Grid.of(fmt).addable):
+        of_format: list[Any] = [fmt.name]
+    else:
+        of_format = [str(narrow), fmt.bits]
+    return of_format + [getattr(role, f.name) for f in fields(role) if f.name != "fmt"]

@@ -1,0 +1,72 @@
+"""What the process that drives a sweep asks of those that train, and hears from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from altgrad_jax.workdir import read_json
+
+ENDED = ("finished", "diverged", "failed")
+
+
+def ended(folder: Path) -> str | None:
+    """How the run in a work directory ended: finished, diverged or failed; None if it has yet to.
+
+    Raises:
+      UserError: its summary is damaged.
+    """
+    summary = read_json(folder / "summary.json")
+    return summary["status"] if summary is not None and summary["status"] in ENDED else None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A condition to be trained, and where.
+
+    Attributes:
+      name: the condition's.
+      folder: its work directory.
+      config: its configuration.
+      facts: what the manifest says of it, `condition` there.
+      command: that would run it alone.
+    """
+
+    name: str
+    folder: Path
+    config: ConfigDict
+    facts: dict[str, Any]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Conditions to be trained by one process.
+
+    Attributes:
+      members: together in one program, if there are several.
+      folder: of the group's checkpoints.
+      alone: the one member needs a run of its own kind, not a lane.
+      log: file that what the run prints goes to.
+    """
+
+    members: tuple[Member, ...]
+    folder: Path
+    alone: bool
+    log: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request ended.
+
+    Attributes:
+      status: "finished", also where members diverged; "interrupted"; "too_large"; or "failed".
+      reason: why it failed.
+      fitting: how many would fit into memory, of "too_large".
+    """
+
+    status: str
+    reason: str = ""
+    fitting: int = 0

@@ -1,0 +1,80 @@
+"""A process that trains what it is asked to, so that whatever becomes of it the sweep goes on.
+
+Out of memory, the kernel kills a process without a word; and a GPU's memory is freed for certain only with its process.
+"""
+
+import multiprocessing
+import os
+import shutil
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import jax
+
+from altgrad_jax.cli import quiet_libraries
+from altgrad_jax.errors import UserError
+from altgrad_jax.machine import is_out_of_memory
+from altgrad_jax.sweep.group import Tell, TooLargeError, train_together
+from altgrad_jax.sweep.requests import Outcome, Request, ended
+from altgrad_jax.train import train
+
+
+def work(request: Request, connection: Connection) -> None:
+    """Does what is asked, telling of progress as ("step", n) and at last an `Outcome`."""
+    _end_with_parent()
+    quiet_libraries()
+    tell: Tell = lambda what, value: connection.send((what, value))  # noqa: E731
+    try:
+        outcome = _train(request, tell)
+    except TooLargeError as e:
+        outcome = Outcome("too_large", fitting=e.fitting)
+    except UserError as e:
+        outcome = Outcome("failed", str(e))
+    except Exception as e:  # a condition that fails is a result; its traceback is in the log
+        with open(request.log, "a") as log:
+            traceback.print_exc(file=log)
+        if is_out_of_memory(e):
+            outcome = Outcome("too_large", "out of memory", len(request.members) // 2)
+        else:
+            outcome = Outcome("failed", f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    connection.send(outcome)
+    connection.close()
+
+
+def _train(request: Request, tell: Tell) -> Outcome:
+    cache = request.members[0].config.runtime.compilation_cache
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with _printing_to(request.log):
+        if not request.alone:
+            return Outcome(train_together(request.members, request.folder, tell))
+        member = request.members[0]
+        status = train(member.config, str(member.folder), member.command, {"condition": member.facts | {"together": 1}})
+        if ended(member.folder) is None:
+            return Outcome("interrupted" if status in (130, 143) else "failed", f"exit status {status}")
+        shutil.rmtree(member.folder / "checkpoints", ignore_errors=True)
+        return Outcome("finished")
+
+
+@contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file, redirect_stdout(file):
+        yield
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed takes its worker with it, which else would go on in folders that a new sweep wants."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
