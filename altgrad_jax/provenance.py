@@ -123,7 +123,7 @@ def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
         "source": header.source.name,
         "description": header.source.description,
         "fingerprint": header.source.fingerprint,
-        "cache": str(cache.path),
+        "cache": _from_home(cache.path),
         "tokenizer": {
             "kind": header.tokenizer.kind,
             "vocab_size": header.tokenizer.vocab_size,
@@ -134,6 +134,11 @@ def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
         "entropy_floor": cache.entropy_floor(eval_split),
         "tokens": {split.name: split.tokens for split in header.splits},
     }
+
+
+def _from_home(path: Path) -> str:
+    """A path as people write it, without the name of whoever's home it is in."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def session(step: int, command: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""The whole command: what it leaves, what becomes of conditions that fail, killed sweeps, sweeps in parts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.sweep.__main__ import parse_shard, sweep
+from altgrad_jax.sweep.search import choose
+from altgrad_jax.tracking import read_metrics
+from tests.forks import ROOT
+from tests.runs import summary
+from tests.sweep.matrices import PLAIN, flags, tiny_matrix
+
+ONE_GROUP = {"recipes": (("e5m2", "e5m2"), ("e3m4", "e3m4")), "optimizers": ("adamw",), "exclude": ()}
+
+
+def folders(workdir: Path) -> list[str]:
+    return sorted(path.parent.name for path in workdir.glob("*/manifest.json"))
+
+
+def table(workdir: Path) -> dict[str, tuple]:
+    """What must not depend on how often a sweep was killed."""
+    found = {}
+    for name in folders(workdir):
+        records = [
+            (r["step"], r.get("train/loss"), r.get("val/loss")) for r in read_metrics(workdir / name / "metrics.jsonl")
+        ]
+        found[name] = (summary(workdir / name)["status"], summary(workdir / name)["parameter_sha256"], records)
+    return found
+
+
+def command(lab, workdir: Path, **axes) -> list[str]:
+    lab.prepare()
+    return [sys.executable, "-m", "altgrad_jax.sweep", *flags(lab, workdir, **axes)]
+
+
+@pytest.fixture(scope="module")
+def done(lab, tmp_path_factory):
+    """Two formats and two seeds, trained together."""
+    workdir = tmp_path_factory.mktemp("sweep") / "matrix"
+    assert sweep(tiny_matrix(lab, **ONE_GROUP), workdir, (0, 1)) == 0
+    return workdir
+
+
+def test_every_condition_has_a_work_directory_like_any_runs(done):
+    assert folders(done) == ["e3m4-adamw-seed0", "e3m4-adamw-seed1", "e5m2-adamw-seed0", "e5m2-adamw-seed1"]
+    described = json.loads((done / "matrix.json").read_text())
+    assert [c["name"] for c in described["conditions"]] == sorted(folders(done), key=lambda n: (n[-1], n[:2] != "e5"))
+    for name in folders(done):
+        manifest = json.loads((done / name / "manifest.json").read_text())
+        condition = manifest["condition"]
+        assert f"{condition['recipe']}-{condition['optimizer']}-seed{condition['seed']}" == name
+        assert condition["matrix"] == "quick" and condition["together"] == 4
+        assert manifest["sessions"][0]["command"][:3] == ["python", "-m", "altgrad_jax.main"]
+        assert manifest["identity"]["seed"] == condition["seed"] and "problem" not in manifest["audit"]
+        assert summary(done / name)["status"] == "finished"
+        records = read_metrics(done / name / "metrics.jsonl")
+        assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
+        assert [r["step"] for r in records if "val/loss" in r] == [0, 3, 6]
+    assert not (done / "compiled").exists() and not list((done / "groups").glob("*"))
+
+
+def test_what_has_ended_is_not_repeated(done, lab, capsys):
+    before = {path: path.stat().st_mtime_ns for path in done.glob("*/*")}
+    assert sweep(tiny_matrix(lab, **ONE_GROUP), done, (0, 1)) == 0
+    assert {path: path.stat().st_mtime_ns for path in done.glob("*/*")} == before
+    assert "4 of 4 conditions have ended before" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_settings_is_refused(done, lab):
+    with pytest.raises(
+        UserError, match=r"e5m2-adamw-seed0 was run with other settings \(config.train.batch_size: 8 -> 16"
+    ):
+        sweep(tiny_matrix(lab, {"train__batch_size": 16}, **ONE_GROUP), done, (0, 1))
+
+
+def test_a_condition_alone_gives_the_same_losses(done, lab, tmp_path):
+    """Through the main job, with the configuration that the condition's folder says it had."""
+    config = json.loads((done / "e5m2-adamw-seed1" / "config.json").read_text())
+    changed = {f"{s}__{k}": v for s in ("train", "optimizer", "diagnostics") for k, v in config[s].items()}
+    changed |= {"seed": 1, "precision__rules": tuple(map(tuple, config["precision"]["rules"]))}
+    changed["diagnostics__questions"] = ()
+    assert lab.train(tmp_path / "alone", **changed) == 0
+    alone, together = (
+        np.array([r["train/loss"] for r in read_metrics(path / "metrics.jsonl") if "train/loss" in r])
+        for path in (tmp_path / "alone", done / "e5m2-adamw-seed1")
+    )
+    np.testing.assert_allclose(together, alone, rtol=1e-3)  # bfloat16 activations
+
+
+@pytest.mark.slow
+def test_failures_are_results_and_the_rest_goes_on(lab, tmp_path):
+    """One rate diverges among lanes; one condition, alone, cannot begin, for its weights are nowhere."""
+    axes = ONE_GROUP | {"recipes": (("e5m2", "e5m2"),), "rates": (1.0, 1e30), "seeds": (0,)}
+    base = {"stability__nan_patience": 2, "optimizer__grad_clip": 0.0}
+    assert sweep(tiny_matrix(lab, base, **axes), tmp_path / "a", (0, 1)) == 0
+    assert {n: summary(tmp_path / "a" / n)["status"] for n in folders(tmp_path / "a")} == {
+        "e5m2-adamw-rate1-seed0": "finished",
+        "e5m2-adamw-rate1e-30-seed0".replace("e-30", "e+30").replace("+", "-"): "diverged",
+    }
+    base = {"stability__rewinds": 1, "checkpoint__restore_from": str(tmp_path / "nowhere")}
+    matrix = tiny_matrix(lab, base, **ONE_GROUP | {"seeds": (0,)})
+    assert sweep(matrix, tmp_path / "b", (0, 1)) == 1
+    for name in ("e5m2-adamw-seed0", "e3m4-adamw-seed0"):
+        assert summary(tmp_path / "b" / name)["status"] == "failed"
+        assert "no checkpoint in" in summary(tmp_path / "b" / name)["reason"]
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_and_interrupted_ends_as_one_never_stopped(done, lab, tmp_path):
+    kill_and_resume(done, lab, tmp_path / "matrix", kills=3, seed=0)
+
+
+@pytest.mark.exhaustive
+def test_a_sweep_killed_at_random_ten_times(done, lab, tmp_path):
+    for seed in range(3):
+        kill_and_resume(done, lab, tmp_path / f"matrix{seed}", kills=10, seed=seed)
+
+
+def kill_and_resume(done: Path, lab, workdir: Path, kills: int, seed: int) -> None:
+    """Kills by SIGKILL, every third time by SIGTERM, after random times; compares with a sweep never stopped."""
+    draw, ended_at = np.random.default_rng(seed), {}
+    for kill in range(kills):
+        process = subprocess.Popen(
+            command(lab, workdir, **ONE_GROUP), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 4 + draw.uniform(0, 14)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM if kill % 3 == 2 else signal.SIGKILL)
+        out, _ = process.communicate()
+        assert "Traceback" not in out, out
+        for path in workdir.glob("*/summary.json"):
+            assert ended_at.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "run twice"
+    ended = subprocess.run(command(lab, workdir, **ONE_GROUP), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert table(workdir) == table(done)
+
+
+@pytest.mark.slow
+def test_parts_merge_by_copying(done, lab, tmp_path):
+    axes = ONE_GROUP | {"together": 2}
+    for i in (0, 1):
+        assert sweep(tiny_matrix(lab, **axes), tmp_path / f"part{i}", (i, 2)) == 0
+    assert not set(folders(tmp_path / "part0")) & set(folders(tmp_path / "part1"))
+    for i in (0, 1):
+        shutil.copytree(tmp_path / f"part{i}", tmp_path / "merged", dirs_exist_ok=True)
+    assert folders(tmp_path / "merged") == folders(done)
+    assert sweep(tiny_matrix(lab, **axes), tmp_path / "merged", (0, 1)) == 0  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_a_search_chooses_each_optimizers_rate(lab, tmp_path, capsys):
+    axes = {"recipes": (("e5m2", "e5m2"),), "optimizers": ("adamw", "relative"), "exclude": (), "seeds": (0,)}
+    matrix = tiny_matrix(lab, **axes)
+    matrix.search.update(factors=(1e-6, 1.0), recipes=("e5m2",))
+    assert sweep(matrix, tmp_path / "m", (0, 1)) == 0
+    found = json.loads((tmp_path / "m" / "search" / "rates.json").read_text())
+    assert found["factors"] == {"adamw": 1.0, "relative": 1.0}
+    assert found["tried"]["adamw"]["1"] < found["tried"]["adamw"]["1e-06"]
+    assert "learning rates x {'adamw': 1.0" in capsys.readouterr().out
+
+
+def test_the_choice_of_rates(lab, tmp_path):
+    from altgrad_jax.sweep.search import search_conditions
+
+    matrix = tiny_matrix(lab, optimizers=("adamw",), exclude=())
+    matrix.search.update(factors=(0.5, 1.0, 2.0, 4.0), recipes=("e5m2", "e4m3"))
+    tried = search_conditions(matrix, PLAIN)
+    losses = {0.5: (3.0, 2.0), 1.0: (2.2, 2.4), 2.0: (1.0, None), 4.0: (9.0, 9.0)}
+    for condition in tried:
+        loss = losses[condition.facts["rate"]][condition.facts["recipe"] == "e4m3"]
+        (tmp_path / condition.name).mkdir()
+        content = {"status": "finished" if loss else "diverged", "final": {"val/loss": loss}}
+        (tmp_path / condition.name / "summary.json").write_text(json.dumps(content))
+    found = choose(tried, tmp_path)
+    assert found["factors"] == {"adamw": 1.0} and found["notes"] == []
+    assert found["tried"]["adamw"] == {"0.5": 2.5, "1": pytest.approx(2.3), "2": None, "4": 9.0}
+    for condition in tried:
+        (tmp_path / condition.name / "summary.json").write_text('{"status": "failed"}')
+    with pytest.raises(UserError, match="adamw finished with no learning rate"):
+        choose(tried, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/1", "2/1", "-1/2", "a/2", "0/0"])
+def test_a_shard_that_is_none(text):
+    with pytest.raises(UsageError, match="is not i/n"):
+        parse_shard(text)
+
+
+def test_a_mistake_is_one_line(lab, tmp_path):
+    from tests.forks import run_module
+
+    cases = [
+        ["--config=configs/bf16.py", f"--workdir={tmp_path / 'w'}"],
+        flags(lab, tmp_path / "w", tracking__wandb="offline")
+        if False
+        else [*flags(lab, tmp_path / "w"), "--shard=3/2"],
+        [*flags(lab, tmp_path / "w"), "--config.base.tracking.wandb=offline"],
+        [*flags(lab, tmp_path / "w"), "--config.seedz=(1,)"],
+        [*flags(lab, tmp_path / "w"), "--config.recipes=(('x','e5m99'),)", "--config.exclude=()"],
+    ]
+    wanted = ["names no matrix", "--shard=3/2 is not i/n", "must be 'disabled'", "did you mean config.seeds", "e5m99"]
+    ends = run_module(
+        "altgrad_jax.sweep", cases, tmp_path / "forks", ["altgrad_jax.train"], os.environ | {"GLIBC_TUNABLES": ""}
+    )
+    for end, text in zip(ends, wanted, strict=True):
+        assert (end.code, text in end.err, len(end.err.splitlines())) == (2, True, 1), end
+    assert not (tmp_path / "w").exists()
