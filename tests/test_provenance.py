@@ -9,7 +9,9 @@ import pytest
 
 from altgrad_jax import provenance
 from altgrad_jax.config import load_config
+from altgrad_jax.data.cache import open_cache
 from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.errors import UserError
 from tests.runs import ROOT, SECRET, SECRETS
 
 
@@ -121,3 +123,12 @@ def test_no_code_comes_from_data():
 )
 def test_what_that_would_see(source):
     assert dangers(source)
+
+
+def test_a_folder_in_the_home_is_named_without_whose_it_is(monkeypatch, tmp_path):
+    """And `data batch` and `sample`, which open the cache that the manifest names, find it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert provenance._from_home(tmp_path / "a" / "b") == "~/a/b"
+    assert provenance._from_home(tmp_path.parent) == str(tmp_path.parent)
+    with pytest.raises(UserError, match=str(tmp_path / "none")):
+        open_cache("~/none")

@@ -143,7 +143,7 @@ def open_cache(path: str | os.PathLike[str], verify: bool = True) -> TokenCache:
     Raises:
       UserError: the folder is missing, or not a whole and undamaged cache; names the file and what is wrong with it.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"no token cache at {folder}: `python -m altgrad_jax.data prepare` builds one")
     try:
