@@ -81,6 +81,10 @@ class _Troubles:
         return False
 
 
+class OutOfMemoryError(UserError):
+    """What was to be run does not fit."""
+
+
 @contextmanager
 def memory_errors(settings: str) -> Iterator[None]:
     """Turns XLA's "out of memory" into one line.
@@ -89,7 +93,7 @@ def memory_errors(settings: str) -> Iterator[None]:
       settings: what the user can change, for people.
 
     Raises:
-      UserError: naming the size that was asked for, the device and its memory, and the settings.
+      OutOfMemoryError: naming the size that was asked for, the device and its memory, and the settings.
     """
     try:
         yield
@@ -98,7 +102,7 @@ def memory_errors(settings: str) -> Iterator[None]:
             raise
         found = _SIZE.search(str(e))
         asked = f" for {found[1]}" if found else ""
-        raise UserError(f"out of memory{asked} on {_device_memory()}; {settings}") from e
+        raise OutOfMemoryError(f"out of memory{asked} on {_device_memory()}; {settings}") from e
 
 
 def is_out_of_memory(error: BaseException) -> bool:

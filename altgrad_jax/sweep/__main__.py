@@ -58,6 +58,7 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
       UsageError: the matrix contradicts itself.
       UserError: anything else that the user can mend.
     """
+    workdir = workdir.absolute()  # as Orbax wants it
     plain = load_config(str(Path(__file__).resolve().parents[2] / PLAIN_FILE))
     if matrix.together < 0:
         raise UsageError(f"config.together={matrix.together} must be 0 (as many as memory allows) or more")

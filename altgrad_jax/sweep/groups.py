@@ -37,12 +37,14 @@ def groups(conditions: Sequence[Condition], together: int) -> list[list[Conditio
 def program_key(condition: Condition) -> str:
     """Equal for conditions that one program can run; `ALONE` for those that need a run of their own.
 
-    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; and profiles.
+    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; profiles; and weights of other runs.
     """
     config = condition.config
     policy = make_policy(config)
     stability = config.stability
-    if any(plan.native for plan in policy.plans) or stability.fallback or stability.rewinds or config.profile:
+    if any(plan.native for plan in policy.plans) or stability.fallback or stability.rewinds:
+        return ALONE
+    if config.profile or config.checkpoint.restore_from:
         return ALONE
     plain = provenance.config_dict(config)
     del plain["seed"], plain["tracking"], plain["checkpoint"]["max_to_keep"]

@@ -69,7 +69,7 @@ def run_all(
       stop: of signals.
 
     Raises:
-      UserError: a folder belongs to a condition with other settings.
+      UserError: a folder belongs to a condition with other settings; or what a training process was stopped by.
     """
     refuse_others(conditions, folder)
     units = [_Unit(tuple(g), program_key(g[0]) == ALONE) for g in groups(conditions, together)]
@@ -154,13 +154,24 @@ def _in_process(unit: _Unit, folder: Path, home: Path, matrix: str, progress: Pr
         return outcome
     if stop.requested:
         return Outcome("interrupted")
+    return _death(process, len(members))
+
+
+def _death(process: Any, conditions: int) -> Outcome:
+    """What to make of a process that ended without a word."""
     code = process.exitcode or 0
-    how = f"its process ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
-    return Outcome("too_large", f"{how}, as when memory runs out", len(members) // 2)
+    how = f"signal {-code} ({signal.Signals(-code).name}), as when memory runs out" if code < 0 else f"status {code}"
+    return Outcome("too_large", f"its process ended by {how}", conditions // 2)
 
 
 def _after(unit: _Unit, outcome: Outcome, folder: Path, progress: Progress) -> list[_Unit]:
-    """What is still to be done of a unit; failures are written down as results."""
+    """What is still to be done of a unit; failures are written down as results.
+
+    Raises:
+      UserError: something stands in the way of all conditions.
+    """
+    if outcome.status == "stopped":
+        raise UserError(outcome.reason)
     if outcome.status == "too_large" and len(unit.conditions) > 1:
         size = min(max(1, outcome.fitting), len(unit.conditions) - 1)
         count = -(-len(unit.conditions) // size)

@@ -17,7 +17,7 @@ import jax
 
 from altgrad_jax.cli import quiet_libraries
 from altgrad_jax.errors import UserError
-from altgrad_jax.machine import is_out_of_memory
+from altgrad_jax.machine import OutOfMemoryError, is_out_of_memory
 from altgrad_jax.sweep.group import Tell, TooLargeError, train_together
 from altgrad_jax.sweep.requests import Outcome, Request, ended
 from altgrad_jax.train import train
@@ -32,8 +32,10 @@ def work(request: Request, connection: Connection) -> None:
         outcome = _train(request, tell)
     except TooLargeError as e:
         outcome = Outcome("too_large", fitting=e.fitting)
+    except OutOfMemoryError as e:
+        outcome = Outcome("too_large", str(e), len(request.members) // 2)
     except UserError as e:
-        outcome = Outcome("failed", str(e))
+        outcome = Outcome("stopped", str(e))
     except Exception as e:  # a condition that fails is a result; its traceback is in the log
         with open(request.log, "a") as log:
             traceback.print_exc(file=log)

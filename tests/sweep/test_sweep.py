@@ -8,12 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from altgrad_jax.console import make_console
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.report.runs import read_runs
 from altgrad_jax.sweep.__main__ import parse_shard, sweep
+from altgrad_jax.sweep.matrix import conditions
+from altgrad_jax.sweep.progress import Progress
+from altgrad_jax.sweep.requests import Outcome
+from altgrad_jax.sweep.run import _after, _death, _Unit
 from altgrad_jax.sweep.search import choose
 from altgrad_jax.tracking import read_metrics
 from tests.forks import ROOT
@@ -47,7 +54,7 @@ def command(lab, workdir: Path, **axes) -> list[str]:
 def done(lab, tmp_path_factory):
     """Two formats and two seeds, trained together."""
     workdir = tmp_path_factory.mktemp("sweep") / "matrix"
-    assert sweep(tiny_matrix(lab, **ONE_GROUP), workdir, (0, 1)) == 0
+    assert sweep(tiny_matrix(lab, **ONE_GROUP), Path(os.path.relpath(workdir)), (0, 1)) == 0
     return workdir
 
 
@@ -107,12 +114,51 @@ def test_failures_are_results_and_the_rest_goes_on(lab, tmp_path):
         "e5m2-adamw-rate1-seed0": "finished",
         "e5m2-adamw-rate1e-30-seed0".replace("e-30", "e+30").replace("+", "-"): "diverged",
     }
-    base = {"stability__rewinds": 1, "checkpoint__restore_from": str(tmp_path / "nowhere")}
-    matrix = tiny_matrix(lab, base, **ONE_GROUP | {"seeds": (0,)})
-    assert sweep(matrix, tmp_path / "b", (0, 1)) == 1
-    for name in ("e5m2-adamw-seed0", "e3m4-adamw-seed0"):
-        assert summary(tmp_path / "b" / name)["status"] == "failed"
-        assert "no checkpoint in" in summary(tmp_path / "b" / name)["reason"]
+
+
+def a_unit(lab, tmp_path) -> tuple[_Unit, Progress]:
+    found = conditions(tiny_matrix(lab, **ONE_GROUP), PLAIN)
+    progress = Progress(make_console())
+    progress.plan(found, tmp_path)
+    return _Unit(tuple(found), alone=False), progress
+
+
+def test_what_does_not_fit_into_memory_is_cut_up_and_at_last_a_result(lab, tmp_path, capsys):
+    unit, progress = a_unit(lab, tmp_path)
+    sizes = [
+        [len(part.conditions) for part in _after(unit, Outcome("too_large", "", n), tmp_path, progress)]
+        for n in (0, 1, 2, 3, 9)
+    ]
+    assert sizes == [[1] * 4, [1] * 4, [2, 2], [2, 2], [2, 2]]
+    one = _Unit(unit.conditions[:1], alone=False)
+    assert _after(one, Outcome("too_large", "its process ended by signal 9 (SIGKILL)"), tmp_path, progress) == []
+    kept = summary(tmp_path / "e5m2-adamw-seed0")
+    assert (kept["status"], kept["reason"]) == ("failed", "its process ended by signal 9 (SIGKILL)")
+    assert "e5m2-adamw-seed0 failed: its process ended by signal 9" in capsys.readouterr().out
+    assert read_runs([str(tmp_path)])[0].status == "failed"
+
+
+def test_of_conditions_that_fail_together_each_has_its_own_chance(lab, tmp_path):
+    unit, progress = a_unit(lab, tmp_path)
+    parts = _after(unit, Outcome("failed", "ValueError: x"), tmp_path, progress)
+    assert [c.name for part in reversed(parts) for c in part.conditions] == [c.name for c in unit.conditions]
+    assert folders(tmp_path) == []
+
+
+def test_what_stands_in_the_way_of_all_stops_the_sweep(lab, tmp_path):
+    """And is no result: mended, the same command goes on."""
+    matrix = tiny_matrix(
+        lab, {"stability__rewinds": 1, "checkpoint__restore_from": str(tmp_path / "none")}, **ONE_GROUP
+    )
+    with pytest.raises(UserError, match="no checkpoint in"):
+        sweep(matrix, tmp_path / "m", (0, 1))
+    assert not list((tmp_path / "m").glob("*/summary.json"))
+
+
+def test_a_killed_process_is_a_failure_of_what_it_ran():
+    """By the kernel, for memory, as a rule: the sweep itself must outlive it."""
+    process = SimpleNamespace(exitcode=-9)
+    assert "signal 9 (SIGKILL)" in _death(process, 4).reason and _death(process, 4).fitting == 2
 
 
 @pytest.mark.slow
