@@ -37,7 +37,8 @@ def groups(conditions: Sequence[Condition], together: int) -> list[list[Conditio
 def program_key(condition: Condition) -> str:
     """Equal for conditions that one program can run; `ALONE` for those that need a run of their own.
 
-    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; profiles; and weights of other runs.
+    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; profiles; and
+    what starts from the weights of another run.
     """
     config = condition.config
     policy = make_policy(config)

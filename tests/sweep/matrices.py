@@ -12,8 +12,8 @@ from tests.runs import Lab
 
 PLAIN = load_config(str(ROOT / "configs" / "bf16.py"))
 SMALL: dict[str, Any] = {
-    "train.steps": 6,
-    "train.eval_every": 3,
+    "train.steps": 12,
+    "train.eval_every": 6,
     "checkpoint.every": 2,
     "diagnostics.quant_every": 0,
     "optimizer.warmup_steps": 2,

@@ -71,8 +71,8 @@ def test_every_condition_has_a_work_directory_like_any_runs(done):
         assert manifest["identity"]["seed"] == condition["seed"] and "problem" not in manifest["audit"]
         assert summary(done / name)["status"] == "finished"
         records = read_metrics(done / name / "metrics.jsonl")
-        assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
-        assert [r["step"] for r in records if "val/loss" in r] == [0, 3, 6]
+        assert [r["step"] for r in records if "train/loss" in r] == list(range(1, 13))
+        assert [r["step"] for r in records if "val/loss" in r] == [0, 6, 12]
     assert not (done / "compiled").exists() and not list((done / "groups").glob("*"))
 
 
@@ -173,15 +173,17 @@ def test_a_sweep_killed_at_random_ten_times(done, lab, tmp_path):
 
 
 def kill_and_resume(done: Path, lab, workdir: Path, kills: int, seed: int) -> None:
-    """Kills by SIGKILL, every third time by SIGTERM, after random times; compares with a sweep never stopped."""
+    """Kills at so many random places, ever later; every third time by SIGTERM. Compares with a sweep never stopped."""
     draw, ended_at = np.random.default_rng(seed), {}
-    for kill in range(kills):
+    lines_of_all = sum(path.read_bytes().count(b"\n") for path in done.glob("*/metrics.jsonl"))
+    for kill, lines in enumerate(sorted(draw.integers(0, lines_of_all, kills))):
         process = subprocess.Popen(
             command(lab, workdir, **ONE_GROUP), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        deadline = time.monotonic() + 4 + draw.uniform(0, 14)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        deadline = time.monotonic() + 120
+        while sum(path.read_bytes().count(b"\n") for path in workdir.glob("*/metrics.jsonl")) < lines:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(draw.uniform(0, 0.03 if lines else 6))
         process.send_signal(signal.SIGTERM if kill % 3 == 2 else signal.SIGKILL)
         out, _ = process.communicate()
         assert "Traceback" not in out, out
