@@ -10,10 +10,20 @@ from collections.abc import Sequence
 
 from altgrad_jax.report.cells import interval
 from altgrad_jax.report.failures import run_failures
+from altgrad_jax.report.results import within_rule
 from altgrad_jax.report.statistics import Paired
 from altgrad_jax.report.study import Comparison, Study
 
 LEVEL = 0.05
+WORDS = {
+    "nan": "a NaN in the {role}",
+    "overflow": "overflow of the {role}",
+    "underflow": "underflow of the {role}",
+    "gradient": "the direction of a layer's gradient",
+    "stall": "updates that move no rounded weight",
+    "blow-up": "an update as long as a third of its weights",
+    "loss": "a loss that is not finite",
+}
 QUESTION = "What do these runs' number formats and optimizers do to the loss, and where does each format fail first?"
 
 
@@ -62,21 +72,25 @@ def _formats(study: Study) -> str:
     parts = []
     if measured:
         near, far = measured[0], measured[-1]
-        lead = f"nearest to {base.name} (gap in nats per token) is {near.group.curve} at {_shown(near.difference)}"
+        label = near.group.curve if same is not study.gaps else near.group.name
+        lead = f"the lowest last loss is that of {label}, {_shown(near.difference)} nats per token from {base.name}"
         if far is not near:
-            lead += f", furthest {far.group.curve} at {_shown(far.difference)}"
+            label = far.group.curve if same is not study.gaps else far.group.name
+            lead += f", the highest that of {label}, {_shown(far.difference)}"
         parts.append(lead)
+        within = sum(within_rule(c.group, base) for c in same)
+        parts.append(f"{within} of {len(same)} end within 10 % of it")
         tested = [c for c in measured if not math.isnan(c.p_holm)]
         worse = [c for c in tested if c.p_holm < LEVEL and c.difference.mean > 0]
         better = [c for c in tested if c.p_holm < LEVEL and c.difference.mean < 0]
         if tested and not worse and not better:
-            parts.append(f"none of {len(tested)} differs significantly from it")
+            parts.append(f"no difference to it is significant ({len(tested)} tested)")
         elif tested:
             kinds = [f"{len(worse)} are worse"] if worse else []
             kinds += [f"{len(better)} are better"] if better else []
             parts.append(f"of {len(tested)} that could be tested {' and '.join(kinds)} than it beyond chance")
     if lost:
-        parts.append(f"without a final loss to compare {_is(lost)} {_list([c.group.curve for c in lost])}")
+        parts.append(f"no final loss to compare {_has(lost)} {_list([c.group.name for c in lost])}")
     parts.append(seeds_clause(study))
     return _sentence(f"{scope}, {parts[0]}", *parts[1:])
 
@@ -121,7 +135,7 @@ def _failures(study: Study) -> str:
     (kind, role), n = Counter((f.kind, f.role) for _, f in firsts).most_common(1)[0]
     first = min((f for _, f in firsts if (f.kind, f.role) == (kind, role)), key=lambda f: f.step)
     where = f" in {first.layer}" if first.layer else ""
-    named = f"{kind} of the {role}" if role else "a loss that is not finite"
+    named = WORDS.get(kind, kind).format(role=role)
     return _sentence(
         f"what fails first is most often {named} ({n} of {len(firsts)} runs in which something crossed a threshold,"
         f" earliest at step {first.step}{where})",
@@ -133,8 +147,8 @@ def _list(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _is(comparisons: Sequence[Comparison]) -> str:
-    return "is" if len(comparisons) == 1 else "are"
+def _has(comparisons: Sequence[Comparison]) -> str:
+    return "has" if len(comparisons) == 1 else "have"
 
 
 def _sentence(*parts: str) -> str:

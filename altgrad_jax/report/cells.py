@@ -5,7 +5,7 @@ people read is rounded from them once.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from altgrad_jax.report.statistics import Paired
 
@@ -28,11 +28,6 @@ class Cell:
     low: float | None = None
     high: float | None = None
     runs: tuple[int, ...] = ()
-
-    @property
-    def is_number(self) -> bool:
-        """Whether it is aligned as one."""
-        return self.value is not None or self.text == MISSING
 
     @property
     def raw(self) -> tuple[str, str, str]:
@@ -70,7 +65,11 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
-    folded: bool = field(default=False, compare=False)
+    folded: bool = False
+
+    def alignment(self, column: int) -> str:
+        """ "n" of a column with a number in it, "t" of one with texts alone."""
+        return "n" if any(row.cells[column].value is not None for row in self.rows) else "t"
 
 
 def number(value: float | None, digits: str = ".4f") -> Cell:

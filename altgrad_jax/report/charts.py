@@ -19,6 +19,7 @@ COLOURS = (
 )
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [1, 3], [4, 1])
 INK = "currentColor"
+FONT = "system-ui, sans-serif"  # one that a canvas knows too: Vega measures texts there
 HEAT = {
     # measure -> (domain, scheme, reversed, format): full colour where the threshold of failure is
     "underflow": ((0.0, THRESHOLDS["underflow"]), "orangered", False, ".3~g"),
@@ -54,14 +55,14 @@ class Palette:
 def _theme(chart: Any) -> Spec:
     """The chart as JSON, in the page's own colours."""
     axis = alt.AxisConfig(
-        labelColor=INK, titleColor=INK, domainColor=INK, tickColor=INK, gridColor=INK, gridOpacity=0.12,
-        domainOpacity=0.4, tickOpacity=0.4, titleFontWeight="normal", labelLimit=170, labelFontSize=11, titleFontSize=11,
+        labelColor=INK, titleColor=INK, domainColor=INK, tickColor=INK, gridColor=INK, gridOpacity=0.12, labelLimit=170,
+        domainOpacity=0.4, tickOpacity=0.4, titleFontWeight="normal", labelFontSize=11, titleFontSize=11,
+        labelOverlap="greedy",
     )  # fmt: skip
     legend = alt.LegendConfig(labelColor=INK, titleColor=INK, titleFontWeight="normal", labelFontSize=11)
-    made = chart.configure(background="transparent", font="inherit", axis=axis, legend=legend)
+    made = chart.configure(background="transparent", font=FONT, axis=axis, legend=legend)
     made = made.configure_view(stroke=None)
     spec: Spec = made.to_dict()
-    spec.pop("datasets", None)
     return spec
 
 
@@ -76,10 +77,18 @@ def _hiding(chart: Any) -> Any:
     return chart.add_params(alt.param(name="hidden_curves", value=[]), alt.param(name="hidden_optimizers", value=[]))
 
 
+def _bands() -> alt.Parameter:
+    return alt.param(name="bands", value=True)
+
+
+def _scale(**options: Any) -> alt.Scale:
+    """A scale with those options that are not None."""
+    return alt.Scale(**{name: value for name, value in options.items() if value is not None})
+
+
 def _x() -> alt.X:
-    return alt.X(
-        "step:Q", title="step", scale=alt.Scale(type="linear", nice=False), axis=alt.Axis(grid=False, tickCount=6)
-    )
+    axis = alt.Axis(grid=False, tickCount=6)
+    return alt.X("step:Q", title="step", scale=_scale(type="linear", nice=False), axis=axis)
 
 
 def _where() -> list[alt.Tooltip]:
@@ -98,11 +107,11 @@ def loss_chart(palette: Palette, top: float | None) -> Spec:
       palette: colours and dashes.
       top: where the loss axis ends; None: with the data.
     """
-    y_scale = alt.Scale(type="log", zero=False, nice=False, **({} if top is None else {"domainMax": top}))
+    y_scale = _scale(type="log", nice=False, domainMax=top)
     y = alt.Y("loss:Q", title="loss, nats per token", scale=y_scale, axis=alt.Axis(tickCount=6))
     base = alt.Chart(alt.NamedData(name="curves")).transform_filter("datum.kind === kind")
     base = _shown(base)
-    band = base.mark_area(opacity=0.15, clip=True).encode(
+    band = base.mark_area(opacity=alt.ExprRef("bands ? 0.15 : 0"), clip=True).encode(
         x=_x(), y=alt.Y("low:Q", scale=y_scale), y2="high:Q", color=palette.colour(), detail="condition:N"
     )
     line = base.mark_line(strokeWidth=1.6, clip=True).encode(
@@ -116,17 +125,16 @@ def loss_chart(palette: Palette, top: float | None) -> Spec:
         alt.Tooltip("seeds:Q"),
     ]
     points = _hover(base, y, palette, tips)
-    chart = alt.layer(band, line, points).add_params(alt.param(name="kind", value="validation"))
+    chart = alt.layer(band, line, points).add_params(_bands(), alt.param(name="kind", value="validation"))
     return _theme(_hiding(chart).properties(width="container", height=340))
 
 
 def gap_chart(palette: Palette, low: float | None, high: float | None) -> Spec:
-    """Gaps of data "gap_curves" over x with their intervals; the axis ends at `low` and `high`, where they are given."""
-    bounds = {"domainMin": low, "domainMax": high}
-    scale = alt.Scale(zero=True, nice=False, **{k: v for k, v in bounds.items() if v is not None})
+    """Gaps of data "gap_curves" over x with their intervals; the axis ends at `low` and `high`, where given."""
+    scale = _scale(zero=True, nice=False, domainMin=low, domainMax=high)
     y = alt.Y("gap:Q", title="gap to the baseline, nats", scale=scale, axis=alt.Axis(tickCount=6))
     base = _shown(alt.Chart(alt.NamedData(name="gap_curves")))
-    band = base.mark_area(opacity=0.12, clip=True).encode(
+    band = base.mark_area(opacity=alt.ExprRef("bands ? 0.12 : 0"), clip=True).encode(
         x=_x(), y=alt.Y("low:Q", scale=scale), y2="high:Q", color=palette.colour(), detail="condition:N"
     )
     line = base.mark_line(strokeWidth=1.6, clip=True).encode(
@@ -139,9 +147,8 @@ def gap_chart(palette: Palette, low: float | None, high: float | None) -> Spec:
         alt.Tooltip("high:Q", format="+.4f", title="to"),
         alt.Tooltip("seeds:Q"),
     ]
-    return _theme(
-        _hiding(alt.layer(band, line, _hover(base, y, palette, tips))).properties(width="container", height=280)
-    )
+    chart = alt.layer(band, line, _hover(base, y, palette, tips)).add_params(_bands())
+    return _theme(_hiding(chart).properties(width="container", height=280))
 
 
 def _hover(base: Any, y: alt.Y, palette: Palette, tips: list[alt.Tooltip]) -> Any:
@@ -172,8 +179,9 @@ def interval_chart(data: str, title: str, rows: Sequence[str], groups: Sequence[
     y = alt.Y("curve:N", sort=list(rows), title=None, axis=alt.Axis(grid=True))
     offset = alt.YOffset("optimizer:N", sort=list(groups))
     scale = alt.Scale(domain=list(groups), range=[COLOURS[i % len(COLOURS)] for i in range(len(groups))])
-    colour = alt.Color("optimizer:N", scale=scale, legend=alt.Legend(orient="top", title=None, columns=3))
-    shape = alt.Shape("optimizer:N", scale=alt.Scale(domain=list(groups)), legend=None)
+    legend = alt.Legend(orient="top", title=None, columns=3)
+    colour = alt.Color("optimizer:N", scale=scale, legend=legend)
+    shape = alt.Shape("optimizer:N", scale=alt.Scale(domain=list(groups)), legend=legend)
     tips = [
         alt.Tooltip("condition:N"),
         alt.Tooltip("mean:Q", format="+.4f"),
@@ -189,7 +197,7 @@ def interval_chart(data: str, title: str, rows: Sequence[str], groups: Sequence[
         .encode(x="x:Q")
     )
     spans = base.mark_rule(strokeWidth=1.6).encode(
-        x=alt.X("low:Q", title=title), x2="high:Q", y=y, yOffset=offset, color=colour
+        x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=6)), x2="high:Q", y=y, yOffset=offset, color=colour
     )
     points = base.mark_point(filled=True, size=55, opacity=1).encode(
         x="mean:Q", y=y, yOffset=offset, color=colour, shape=shape, tooltip=tips
@@ -201,12 +209,8 @@ def interval_chart(data: str, title: str, rows: Sequence[str], groups: Sequence[
 def matrix_chart(rows: Sequence[str], columns: Sequence[str], top: float) -> Spec:
     """Format x optimizer, coloured by the gap: orange above the baseline, blue below; full at +- `top`."""
     base = alt.Chart(alt.NamedData(name="matrix"))
-    x = alt.X(
-        "optimizer:N",
-        sort=list(columns),
-        title=None,
-        axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False),
-    )
+    above = alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False)
+    x = alt.X("optimizer:N", sort=list(columns), title=None, axis=above)
     y = alt.Y("curve:N", sort=list(rows), title=None, axis=alt.Axis(domain=False, ticks=False))
     scale = alt.Scale(domain=[-top, 0, top], range=["#3E8FC4", "#8A8A8A22", "#E0752D"], clamp=True, interpolate="rgb")
     tips = [
@@ -214,9 +218,8 @@ def matrix_chart(rows: Sequence[str], columns: Sequence[str], top: float) -> Spe
         alt.Tooltip("label:N", title="gap, nats"),
         alt.Tooltip("status:N"),
     ]
-    cells = base.mark_rect(cornerRadius=3).encode(
-        x=x, y=y, color=alt.Color("gap:Q", scale=scale, legend=None), tooltip=tips
-    )
+    colour = alt.Color("gap:Q", scale=scale, legend=None)
+    cells = base.mark_rect(cornerRadius=3).encode(x=x, y=y, color=colour, tooltip=tips)
     labels = base.mark_text(color=INK, fontSize=11).encode(x=x, y=y, text="short:N")
     return _theme(_hiding(alt.layer(cells, labels)).properties(width="container", height=max(80, 30 * len(rows) + 24)))
 
@@ -224,10 +227,8 @@ def matrix_chart(rows: Sequence[str], columns: Sequence[str], top: float) -> Spe
 def heat_chart(measure: str) -> Spec:
     """Layer x time of data "cells" (row, column, from, to, value), one of `failures.MEASURES`."""
     (low, high), scheme, backward, form = HEAT[measure]
-    scale = alt.Scale(domain=[low, high], scheme=scheme, clamp=True, reverse=backward)
-    legend = alt.Legend(
-        orient="top", title=f"{measure}; full colour: the threshold of failure", gradientLength=160, format=form
-    )
+    scale = _scale(domain=[low, high], scheme=scheme, clamp=True, reverse=backward)
+    legend = alt.Legend(orient="top", title=measure, titleLimit=0, gradientLength=160, format=form)
     chart = (
         alt.Chart(alt.NamedData(name="cells"))
         .mark_rect()
@@ -241,6 +242,6 @@ def heat_chart(measure: str) -> Spec:
                 alt.Tooltip("value:Q", title=measure, format=form),
             ],
         )
-        .properties(width="container", height=alt.Step(13))
+        .properties(width="container", height=200)  # the page knows how many rows there are
     )
     return _theme(chart)

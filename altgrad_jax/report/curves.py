@@ -90,9 +90,8 @@ def loss_curves(study: Study) -> list[dict[str, Any]]:
             series = [
                 training_series(e.run, last) if kind == "training" else validation_series(e.run) for e in group.entries
             ]
-            points = [
-                _point(series, clocks, group.entries, step) for step in sorted({s for one in series for s in one})
-            ]
+            steps = sorted({step for one in series for step in one})
+            points = [_point(series, clocks, group.entries, step) for step in steps]
             curves.append(_described(group) | {"kind": kind} | _columns([p for p in points if p]))
     return curves
 
@@ -117,7 +116,7 @@ def _point(
 
 
 def gap_curves(study: Study) -> list[dict[str, Any]]:
-    """Of each group: columns step, tokens, seconds, gap, low, high of the validation loss, paired at each evaluation."""
+    """Of each group: columns step, tokens, seconds, gap, low, high of validation losses, paired at each evaluation."""
     if study.baseline is None:
         return []
     base = {entry.seed: validation_series(entry.run) for entry in study.baseline.entries}

@@ -1,4 +1,4 @@
-"""Where each format fails first: what crossed a threshold, layer by layer over time, and which format a layer could have."""
+"""Where each format fails first: what crossed a threshold, layers over time, which format a layer could have."""
 
 import math
 from collections import Counter, defaultdict
@@ -126,7 +126,7 @@ def first_failure_table(study: Study) -> Table:
                 text(sign),
             )
         else:
-            cells = tuple(Cell(MISSING) for _ in range(6))
+            cells = (Cell(MISSING),) * 6
         summary = ", ".join(f"{kind} {n}/{len(group.entries)}" for kind, n in sorted(kinds.items())) or "none"
         rows.append(Row(group.name, (*cells, text(summary)), numbers(group.entries)))
     columns = ("step", "layer", "role", "kind", "value", "threshold", "kinds seen (runs)")
@@ -147,7 +147,7 @@ def attribution_table(study: Study, most: int = 12) -> Table:
         found = [(f, entry) for entry in group.entries for f in run_failures(entry.run)]
         for kind in dict.fromkeys(f.kind for f, _ in found):
             alike = sorted(((f, e) for f, e in found if f.kind == kind), key=lambda pair: pair[0].step)
-            first, where = alike[0]
+            first = alike[0][0]
             places = list(dict.fromkeys(" ".join(filter(None, (f.layer, f.role))) or "loss" for f, _ in alike))
             more = f" and {len(places) - most} more" if len(places) > most else ""
             cells = (
@@ -160,7 +160,6 @@ def attribution_table(study: Study, most: int = 12) -> Table:
             )
             linked = tuple(dict.fromkeys(e.number for _, e in alike))
             rows.append(Row(f"{group.name}: {kind}", cells, linked))
-            del where
     columns = ("condition", "kind", "first step", "places", "runs", "in the order in which they crossed")
     note = "Per kind of failure: the layers and roles that crossed its threshold in any seed, earliest first."
     return Table("attribution", "Failure attribution", "failure", columns, tuple(rows), note, folded=True)
@@ -233,7 +232,7 @@ def _last_of_layers(run: Run) -> list[tuple[str, str, float]]:
     last: dict[str, float] = {}
     for record in run.records:
         last.update({k: float(v) for k, v in record.items() if k.count("/") >= 2 and is_number(v)})
-    found = []
+    found: list[tuple[str, str, float]] = []
     for key, value in last.items():
         if math.isnan(value):
             continue
@@ -273,7 +272,7 @@ def sweet_spots(study: Study) -> Table:
         f" layer's gradient at least {THRESHOLDS['gradient']:g}, sensitivity at most {SENSITIVE:g} nats, no run lost"
     )
     note = (
-        f"The format with the fewest bits whose evidence passes ({limits}); among those the one with the highest cosine."
+        f"The format with the fewest bits whose evidence passes ({limits}); of several the one with the highest cosine."
         " Evidence is the worst over roles and seeds in the last record; what was not measured does not count against a"
         " format. Where all layers were rounded together, a layer's cosine also carries what the others did to the"
         " gradient: it is evidence, no proof that the layer alone would do as well."

@@ -60,6 +60,7 @@
     });
     (made.params || []).forEach((param) => {
       if (param.name === "kind" && value("kind")) param.value = value("kind").value;
+      if (param.name === "bands") param.value = value("bands").checked;
     });
     return made;
   }
@@ -73,7 +74,8 @@
     });
     const used = new Set();
     walk(spec, (node) => node.data && node.data.name && used.add(node.data.name));
-    spec.datasets = Object.fromEntries([...used].map((key) => [key, named[key]]));
+    spec.datasets = { ...spec.datasets };
+    used.forEach((key) => key in named && (spec.datasets[key] = named[key]));
     if (views.has(name)) views.get(name).finalize();
     const result = await window.altgrad.embed(element, spec, options);
     views.set(name, result);
@@ -99,7 +101,9 @@
       const maps = data.heat[condition.value];
       const before = measure.value;
       measure.replaceChildren(...Object.keys(maps).map((name) => new Option(name, name, false, name === before)));
-      return draw(heat, structuredClone(specs[`heat ${measure.value}`]), { cells: cells(maps[measure.value]) });
+      const map = maps[measure.value];
+      const spec = { ...structuredClone(specs[`heat ${measure.value}`]), height: 90 + 13 * map.rows.length };
+      return draw(heat, spec, { cells: cells(map) });
     };
     controls.addEventListener("change", again);
     drawing.push(again());

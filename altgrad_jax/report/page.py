@@ -14,7 +14,7 @@ import vl_convert
 
 from altgrad_jax.report import charts
 from altgrad_jax.report.answer import answer, question
-from altgrad_jax.report.cells import Cell, Row, Table
+from altgrad_jax.report.cells import Table
 from altgrad_jax.report.charts import Palette
 from altgrad_jax.report.curves import gap_curves, loss_curves, rounded
 from altgrad_jax.report.facts import facts
@@ -22,7 +22,6 @@ from altgrad_jax.report.failures import heat_maps
 from altgrad_jax.report.results import same_grids
 from altgrad_jax.report.study import Comparison, Study
 
-# Chart, its place on the page and what it shows; the id is that of its data and its element.
 EXPORTS = "window.altgrad = {embed: vegaEmbed};"
 
 
@@ -49,7 +48,6 @@ def render(document: Document) -> str:
         loader=jinja2.FunctionLoader(_packaged), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"row_class": _row_class}
     curves, optimizers = _names(study)
     palette = _palette(study)
     return environment.get_template("page.html.jinja").render(
@@ -90,10 +88,6 @@ def embedded(value: Any) -> str:
     """JSON that can stand in a <script> of HTML whatever its texts are."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _row_class(cell: Cell) -> str:
-    return "n" if cell.is_number else "t"
 
 
 def _title(study: Study) -> str:
@@ -160,9 +154,9 @@ def _top(losses: Sequence[dict[str, Any]]) -> float | None:
 
 def _bounds(gaps: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Where the gap axis ends: with the gaps themselves, whose intervals of two seeds may be ten times as wide."""
-    means = [v for curve in gaps for v in curve["gap"] if v is not None]
-    span = max(max(means + [0.0]) - min(means + [0.0]), 1e-6)
-    return rounded(min(means + [0.0]) - 0.15 * span), rounded(max(means + [0.0]) + 0.15 * span)
+    means = [0.0, *(v for curve in gaps for v in curve["gap"] if v is not None)]
+    margin = 0.15 * max(max(means) - min(means), 1e-6)
+    return rounded(min(means) - margin), rounded(max(means) + margin)
 
 
 def _points(comparisons: Sequence[Comparison], sign: float = 1.0) -> list[dict[str, Any]]:
@@ -175,7 +169,8 @@ def _points(comparisons: Sequence[Comparison], sign: float = 1.0) -> list[dict[s
         points.append(
             {
                 "condition": c.group.name, "curve": c.group.curve, "optimizer": c.group.optimizer, "seeds": d.n,
-                "mean": rounded(sign * d.mean), "low": rounded(ends[0]), "high": rounded(ends[1]), "p": rounded(c.p_holm),
+                "mean": rounded(sign * d.mean), "low": rounded(ends[0]), "high": rounded(ends[1]),
+                "p": rounded(c.p_holm),
             }
         )  # fmt: skip
     return points
@@ -197,6 +192,3 @@ def _matrix(study: Study) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return cells
-
-
-__all__ = ["Document", "Row", "embedded", "render"]

@@ -84,11 +84,13 @@ def _verdict(study: Study, group: Group) -> str:
         return ""
     if group.lost:
         return "not met" if group.lost == len(group.entries) else f"not met ({group.lost} lost)"
-    mean, base = group.seed_mean(group.final_losses.values()), study.baseline.final_losses.values()
-    against = study.baseline.seed_mean(base)
-    if math.isnan(mean) or math.isnan(against):
-        return ""
-    return "met" if mean <= (1 + TOLERANCE) * against else "not met"
+    return "met" if within_rule(group, study.baseline) else "not met"
+
+
+def within_rule(group: Group, baseline: Group) -> bool:
+    """Whether all its runs have a final loss, and their mean is within 10 % of the baseline's."""
+    mean, base = (g.seed_mean(g.final_losses.values()) for g in (group, baseline))
+    return not group.lost and mean <= (1 + TOLERANCE) * base
 
 
 def format_table(study: Study) -> Table:
@@ -221,9 +223,12 @@ def _effect(gain: float, p: float) -> str:
 
 
 def equal_loss_table(study: Study) -> tuple[Table, float]:
-    """(how many tokens each group needs to a common loss; that loss: the highest mean that a whole group ends with)."""
+    """(how many tokens each group needs to a common loss; that loss: the highest with which a whole group's run ends).
+
+    So every run of those groups gets there.
+    """
     whole = [g for g in study.groups if not g.lost and all(entry.run.status == "finished" for entry in g.entries)]
-    target = max((g.seed_mean(g.final_losses.values()) for g in whole), default=math.nan)
+    target = max((loss for g in whole for loss in g.final_losses.values()), default=math.nan)
     reached = {id(g): {e.seed: tokens_to_reach(e.run, target) for e in g.entries} for g in study.groups}
     base = reached[id(study.baseline)] if study.baseline else {}
     rows = []
@@ -239,10 +244,10 @@ def equal_loss_table(study: Study) -> tuple[Table, float]:
         rows.append(Row(group.name, cells, numbers(group.entries)))
     shown = "unknown" if math.isnan(target) else f"{target:.4f} nats"
     note = (
-        f"Tokens until the validation loss, joined by straight lines between evaluations, first is {shown}, which is"
-        " what the slowest condition that finished with all its seeds ends with. Speed: the baseline's tokens over this"
-        " condition's, geometric mean over the seeds in which both arrive, with the 95 % t interval of its logarithm;"
-        " above 1 it needs fewer."
+        f"Tokens until the validation loss, joined by straight lines between evaluations, first is {shown}: the"
+        " highest final loss of a run among the conditions that finished with all their seeds. Speed: the baseline's"
+        " tokens over this condition's, geometric mean over the seeds in which both arrive, with the 95 % t interval of"
+        " its logarithm; above 1 it needs fewer."
     )
     columns = ("tokens", "seeds that arrive", "speed to that loss")
     return Table("speed", "Equal-loss speed", "condition", columns, tuple(rows), note), target

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import Record
@@ -99,7 +99,7 @@ def read_run(path: Path) -> Run:
     return Run(path, path.resolve().name, tuple(records), manifest, summary, tuple(problems), identity)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is one; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

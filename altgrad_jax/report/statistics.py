@@ -7,8 +7,8 @@ seed. With d_1 ... d_n the differences, m their mean and s their standard deviat
     p          two-sided, of m sqrt(n) / s under the same distribution: the paired t test
     Holm       p values ascending p_(1) <= ... <= p_(k), adjusted to max over j <= i of min(1, (k - j + 1) p_(j))
 
-(Holm 1979, A simple sequentially rejective multiple test procedure). One seed has no interval and no p. Differences that
-are all zero are no effect: the interval [0, 0] and p = 1.
+(Holm 1979, A simple sequentially rejective multiple test procedure). One seed has no interval and no p. Differences
+that are all zero are no effect: the interval [0, 0] and p = 1.
 """
 
 import math

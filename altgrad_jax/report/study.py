@@ -232,6 +232,7 @@ def make_study(runs: Sequence[Run], folders: Sequence[Path], page: Path, baselin
     together, apart = _set_apart(models)
     groups, doubled = _grouped(together)
     chosen = _baseline(groups, baseline)
+    groups.sort(key=lambda group: group is not chosen)  # the baseline first, the others as they come
     return Study(tuple(entries), tuple(groups), chosen, tuple(apart + doubled), classified, matrices, tuple(searches))
 
 
@@ -279,7 +280,8 @@ def _grouped(entries: Sequence[Entry]) -> tuple[list[Group], list[tuple[Entry, t
     for entry in entries:
         c = entry.condition
         buckets.setdefault((c.recipe, c.optimizer, c.layers), []).append(entry)
-    groups, doubled = [], []
+    groups: list[Group] = []
+    doubled: list[tuple[Entry, tuple[str, ...]]] = []
     for (recipe, optimizer, layers), found in buckets.items():
         for variant, alike in _variants(found).items():
             first: dict[int, Entry] = {}
