@@ -86,9 +86,8 @@ def _formats(study: Study) -> str:
         if tested and not worse and not better:
             parts.append(f"no difference to it is significant ({len(tested)} tested)")
         elif tested:
-            kinds = [f"{len(worse)} are worse"] if worse else []
-            kinds += [f"{len(better)} are better"] if better else []
-            parts.append(f"of {len(tested)} that could be tested {' and '.join(kinds)} than it beyond chance")
+            kinds = [f"{len(found)} {word}" for found, word in ((worse, "worse"), (better, "better")) if found]
+            parts.append(f"of {len(tested)} tested against it {' and '.join(kinds)} beyond chance")
     if lost:
         parts.append(f"no final loss to compare {_has(lost)} {_list([c.group.name for c in lost])}")
     parts.append(seeds_clause(study))
@@ -120,8 +119,8 @@ def _optimizers(study: Study) -> str:
             f" Holm's correction; the largest gain is {large}"
         )
     return _sentence(
-        f"of n = {n} comparisons of another optimizer with AdamW in the same format {len(better)} show a gain and"
-        f" {len(worse)} a loss after Holm's correction; the largest gain is {large}"
+        f"of n = {n} comparisons of another optimizer with AdamW in the same format gains in {len(better)} and"
+        f" losses in {len(worse)} stand after Holm's correction; the largest gain is {large}"
     )
 
 

@@ -220,7 +220,7 @@ def matrix_chart(rows: Sequence[str], columns: Sequence[str], top: float) -> Spe
     ]
     colour = alt.Color("gap:Q", scale=scale, legend=None)
     cells = base.mark_rect(cornerRadius=3).encode(x=x, y=y, color=colour, tooltip=tips)
-    labels = base.mark_text(color=INK, fontSize=11).encode(x=x, y=y, text="short:N")
+    labels = base.mark_text(color=INK, fontSize=11).encode(x=x, y=y, text="short:N", tooltip=tips)
     return _theme(_hiding(alt.layer(cells, labels)).properties(width="container", height=max(80, 30 * len(rows) + 24)))
 
 

@@ -75,9 +75,12 @@ def _recipe(config: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(precision, dict):
         return "unknown", ALL
     rules = precision.get("rules") or []
-    pairs = [(str(r[0]), str(r[1])) for r in rules if isinstance(r, list) and len(r) == 2]
+    rules = rules if isinstance(rules, list) else []
+    pairs = [(printable(str(r[0])), printable(str(r[1]))) for r in rules if isinstance(r, list) and len(r) == 2]
     if all(recipe == PLAIN for _, recipe in pairs):
-        return (PLAIN if precision.get("compute", "bfloat16") == "bfloat16" else str(precision["compute"])), ALL
+        return (
+            PLAIN if precision.get("compute", "bfloat16") == "bfloat16" else printable(str(precision["compute"]))
+        ), ALL
     if len(pairs) == 1:
         pattern, recipe = pairs[0]
         return recipe, ALL if pattern == EVERY_LAYER else pattern
@@ -89,7 +92,12 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any, otherwise: str) -> str:
-    return str(value) if isinstance(value, (str, int, float)) and str(value) else otherwise
+    return printable(str(value)) if isinstance(value, (str, int, float)) and str(value) else otherwise
+
+
+def printable(text: str) -> str:
+    """A name without control characters and line ends; Vega's expressions, for one, know no U+2028."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @dataclass(frozen=True)

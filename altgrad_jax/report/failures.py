@@ -8,7 +8,7 @@ from typing import Any
 
 from altgrad_jax.diagnostics.attribution import THRESHOLDS, Failure, first_failures
 from altgrad_jax.report.cells import MISSING, Cell, Row, Table, number, share, text
-from altgrad_jax.report.conditions import ADAMW
+from altgrad_jax.report.conditions import ADAMW, printable
 from altgrad_jax.report.curves import rounded
 from altgrad_jax.report.results import formats_of, numbers
 from altgrad_jax.report.runs import Run, is_number
@@ -98,7 +98,7 @@ def _heat_map(runs: Sequence[dict[Place, dict[int, float]]], columns: int) -> di
         means = [sum(cells[i]) / len(cells[i]) if i in cells else math.nan for i in range(len(ends))]
         values.append([rounded(value, DIGITS) for value in means])
     kept = [i for i, row in enumerate(values) if any(value is not None for value in row)]
-    names = [" · ".join(places[i]) for i in kept]
+    names = [printable(" · ".join(places[i])) for i in kept]
     return {"rows": names, "steps": ends, "values": [values[i] for i in kept]} if kept else None
 
 
@@ -160,7 +160,7 @@ def attribution_table(study: Study, most: int = 12) -> Table:
             )
             linked = tuple(dict.fromkeys(e.number for _, e in alike))
             rows.append(Row(f"{group.name}: {kind}", cells, linked))
-    columns = ("condition", "kind", "first step", "places", "runs", "in the order in which they crossed")
+    columns = ("condition", "kind", "first step", "places", "runs with it", "in the order in which they crossed")
     note = "Per kind of failure: the layers and roles that crossed its threshold in any seed, earliest first."
     return Table("attribution", "Failure attribution", "failure", columns, tuple(rows), note, folded=True)
 

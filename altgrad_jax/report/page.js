@@ -77,9 +77,13 @@
     spec.datasets = { ...spec.datasets };
     used.forEach((key) => key in named && (spec.datasets[key] = named[key]));
     if (views.has(name)) views.get(name).finalize();
-    const result = await window.altgrad.embed(element, spec, options);
-    views.set(name, result);
-    element.dataset.ready = "true";
+    views.delete(name);
+    try {
+      views.set(name, await window.altgrad.embed(element, spec, options));
+    } catch (error) {
+      element.textContent = `This chart could not be drawn: ${error.message}`;
+      console.error(error);
+    }
   }
 
   const drawing = [];

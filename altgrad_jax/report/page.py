@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -62,6 +63,7 @@ def render(document: Document) -> str:
         legend_curves=[(name, palette.curves.get(name, charts.INK)) for name in curves],
         legend_optimizers=[(name, " ".join(map(str, palette.dashes[name]))) for name in optimizers],
         heat_conditions=list(data["heat"]),
+        heat_first=next((name for name, maps in data["heat"].items() if "underflow" in maps), ""),
         runs_compared=[entry.number for entry in study.compared],
         css=_packaged("page.css"),
         script=_packaged("page.js"),
@@ -76,6 +78,7 @@ def _packaged(name: str) -> str:
     return (resources.files("altgrad_jax.report") / name).read_text()
 
 
+@cache
 def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script, of the version that Altair writes for."""
     wanted = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])

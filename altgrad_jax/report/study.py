@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from altgrad_jax.errors import UsageError
-from altgrad_jax.report.conditions import ADAMW, ALL, PLAIN, Condition, Matrix, condition_of, read_matrix
+from altgrad_jax.report.conditions import ADAMW, ALL, PLAIN, Condition, Matrix, condition_of, printable, read_matrix
 from altgrad_jax.report.runs import MUST_AGREE, Run, differences, read_run
 from altgrad_jax.report.statistics import NOTHING, Paired, holm, paired
 
@@ -303,8 +302,8 @@ def _variants(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     differing = [key for key in keys if len({value(entry, key) for entry in entries if entry.run.identity}) > 1]
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        shown: list[Any] = [f"{key.rpartition('.')[2]} {entry.run.identity.get(key)}" for key in differing]
-        found.setdefault(", ".join(shown), []).append(entry)
+        shown = [f"{key.rpartition('.')[2]} {entry.run.identity.get(key, 'unknown')}" for key in differing]
+        found.setdefault(printable(", ".join(shown)), []).append(entry)
     return found
 
 
