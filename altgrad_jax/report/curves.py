@@ -6,6 +6,7 @@ left out.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ POINTS = 150
 DIGITS = 5  # significant, of what only a chart shows
 
 Series = dict[int, float]  # step -> value
+Clock = tuple[list[int], list[float]]  # steps, ascending, and seconds of training until then
 
 
 def training_series(run: Run, last_step: int) -> Series:
@@ -58,10 +60,16 @@ def seconds_at(run: Run) -> Series:
     return found
 
 
-def _at(series: Mapping[int, float], step: int) -> float:
-    """The value at a step, or at the last one before it that has one."""
-    before = [s for s in series if s <= step]
-    return series[max(before)] if before else math.nan
+def _at(clock: Clock, step: int) -> float:
+    """The seconds at a step, or at the last one before it that has any."""
+    steps, seconds = clock
+    place = bisect_right(steps, step)
+    return seconds[place - 1] if place else math.nan
+
+
+def _clocks(group: Group) -> list[Clock]:
+    found = [seconds_at(entry.run) for entry in group.entries]
+    return [(list(clock), list(clock.values())) for clock in found]
 
 
 def tokens_to_reach(run: Run, loss: float) -> float:
@@ -85,7 +93,7 @@ def loss_curves(study: Study) -> list[dict[str, Any]]:
     last = max((entry.run.step for entry in study.compared), default=0)
     curves = []
     for group in study.groups:
-        clocks = [seconds_at(entry.run) for entry in group.entries]
+        clocks = _clocks(group)
         for kind in ("training", "validation"):
             series = [
                 training_series(e.run, last) if kind == "training" else validation_series(e.run) for e in group.entries
@@ -97,7 +105,7 @@ def loss_curves(study: Study) -> list[dict[str, Any]]:
 
 
 def _point(
-    series: Sequence[Series], clocks: Sequence[Series], entries: Sequence[Entry], step: int
+    series: Sequence[Series], clocks: Sequence[Clock], entries: Sequence[Entry], step: int
 ) -> dict[str, float] | None:
     values = [one[step] for one in series if step in one and math.isfinite(one[step])]
     if not values:
@@ -125,7 +133,7 @@ def gap_curves(study: Study) -> list[dict[str, Any]]:
         if group is study.baseline:
             continue
         own = {entry.seed: validation_series(entry.run) for entry in group.entries}
-        clocks = [seconds_at(entry.run) for entry in group.entries]
+        clocks = _clocks(group)
         points = []
         for step in sorted({s for one in own.values() for s in one}):
             here, there = ({seed: one[step] for seed, one in of.items() if step in one} for of in (own, base))

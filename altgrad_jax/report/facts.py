@@ -43,7 +43,8 @@ def revision(entry: Entry) -> str:
 
 
 def _started(entry: Entry) -> str:
-    return str(sessions(entry)[0].get("started", "")) if sessions(entry) else ""
+    started = sessions(entry)[0].get("started") if sessions(entry) else None
+    return started if isinstance(started, str) else ""
 
 
 def _machine(entry: Entry) -> str:
@@ -124,12 +125,23 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("Model", _each(map(model, manifests))),
         ("Data", _each(map(data, manifests))),
         ("Training", _each(map(schedule, entries))),
+        ("Learning rates", _learning_rates(study)),
         ("Machine", _each(map(_machine, entries))),
         ("Versions", _each(map(_versions, entries))),
         ("When", when),
         ("Git revision", _each(map(revision, entries))),
     ]
     return found + [(f"Matrix {m.name}", m.command or "command not known") for m in study.matrices]
+
+
+def _learning_rates(study: Study) -> str:
+    """The rates of each optimizer."""
+    rates: dict[str, set[float]] = {}
+    for group in study.groups:
+        found = (entry.condition.learning_rate for entry in group.entries)
+        rates.setdefault(group.optimizer, set()).update(rate for rate in found if math.isfinite(rate))
+    said = [f"{name} {' or '.join(f'{rate:.3g}' for rate in sorted(of))}" for name, of in rates.items() if of]
+    return ", ".join(said) or "not known"
 
 
 def speed(entry: Entry) -> float:

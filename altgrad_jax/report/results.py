@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable
 
 from altgrad_jax.precision.formats import FloatFormat
-from altgrad_jax.precision.recipes import ROLES, parse_recipe
+from altgrad_jax.precision.recipes import ROLES, Recipe, parse_recipe
 from altgrad_jax.report.cells import MISSING, Cell, Row, Table, difference, number, p_value, share, text
 from altgrad_jax.report.compare import TOLERANCE
 from altgrad_jax.report.curves import tokens_to_reach
 from altgrad_jax.report.statistics import paired, ratio
 from altgrad_jax.report.study import Comparison, Entry, Group, Study
 
+FIXED_SCALES = ("none", "static")
 NATS = "nats per token of the last validation loss"
 
 
@@ -21,16 +22,22 @@ def numbers(entries: Iterable[Entry]) -> tuple[int, ...]:
 
 def formats_of(recipe: str) -> dict[str, FloatFormat]:
     """Role -> format of a recipe; empty if nothing is rounded, or if this is no recipe."""
-    try:
-        parsed = parse_recipe(recipe)
-    except ValueError:
-        return {}
+    parsed = _parsed(recipe)
     return {role: parsed.role(role).fmt for role in ROLES} if parsed else {}
+
+
+def _parsed(recipe: str) -> Recipe | None:
+    try:
+        return parse_recipe(recipe)
+    except ValueError:
+        return None
 
 
 def same_grids(study: Study) -> list[str]:
     """Pairs of formats in the report that are one grid under a free scale, in words."""
-    formats = {fmt.name: fmt for group in study.groups for fmt in formats_of(group.recipe).values()}
+    recipes = [recipe for group in study.groups if (recipe := _parsed(group.recipe)) is not None]
+    roles = [recipe.role(role) for recipe in recipes for role in ROLES]
+    formats = {role.fmt.name: role.fmt for role in roles if role.scaling not in FIXED_SCALES}
     found = []
     for i, one in enumerate(formats.values()):
         for other in list(formats.values())[i + 1 :]:

@@ -100,12 +100,14 @@ def read_run(path: Path) -> Run:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is one that a float holds; true and false are none."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _read_records(path: Path, problems: list[str]) -> list[Record]:
-    """The records of a metrics file in order of their steps. Lines that hold none are named and left out.
+    """The records of a metrics file in order of their steps: numbers, and what is said of events.
+
+    Lines that hold none are named and left out.
 
     A last line without its end is no defect: the run was killed, or is still going on.
     """
@@ -120,9 +122,9 @@ def _read_records(path: Path, problems: list[str]) -> list[Record]:
             record = json.loads(line) if line else None
         except ValueError:
             record = ()
-        if isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0:
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**53:
             restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
-            records.append({k: v for k, v in restored.items() if is_number(v) or isinstance(v, str)})
+            records.append({k: v for k, v in restored.items() if is_number(v) or k.startswith("event")})
         elif line and number < len(lines):
             bad.append(number)
     if bad:

@@ -121,7 +121,7 @@ def test_nothing_from_files_is_markup(tmp_path):
     assert not [of for tag, of in shown.tags if tag == "img" or "onerror" in of]
     assert "<script>window.hacked" not in text
     assert csv_cells(tmp_path / "report.html").items() <= shown.cells.items()
-    assert any(HOSTILE in row for _, row, _ in shown.cells)
+    assert any(HOSTILE.replace("\u2028", "?") in row for _, row, _ in shown.cells)
     markdown = (tmp_path / "report.md").read_text()
     assert "<script" not in markdown and "<img" not in markdown
 
@@ -148,6 +148,14 @@ def broken(folder: Path) -> None:
     for name in ("manifest.json", "summary.json", "metrics.jsonl"):
         (torn / name).write_text((torn / name).read_text()[:-40])
     odd = make_run(folder / "odd")
+    with (odd / "metrics.jsonl").open("a") as file:
+        values = {
+            "val/loss": 10**400,
+            "grads/lm_head/cosine": "NaN",
+            "grads/lm_head/relative_error": "?",
+            "train/loss": True,
+        }
+        file.write(json.dumps({"step": 101} | values) + "\n" + json.dumps({"step": 10**30, "val/loss": 1.0}) + "\n")
     lists = {"identity": {"seed": [1], "train.batch_size": "8", "model.block_size": None}, "audit": [], "config": 1}
     (odd / "manifest.json").write_text(json.dumps(lists | {"sessions": {"a": 1}, "corpus": "x", "condition": [1]}))
     (odd / "summary.json").write_text(json.dumps({"status": 3, "peak_memory_bytes": "much", "final": None}))
@@ -204,7 +212,7 @@ def test_the_command(tmp_path):
             [runs],
         ],
         tmp_path / "forks",
-        ["altgrad_jax.console"],
+        ["altgrad_jax.console", "altgrad_jax.report.export"],
     )
     assert written.code == 0 and not written.err, written.err
     assert all(f"report.{kind}" in written.out for kind in ("html", "csv", "md"))

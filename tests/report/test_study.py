@@ -106,6 +106,12 @@ def test_a_null_matrix_shows_no_effect(tmp_path):
     assert any("e1m6 is e0m7 times 4" in note for note in same_grids(study))
 
 
+def test_without_a_scale_two_grids_are_two_experiments(tmp_path):
+    for recipe in ("e0m7 scaling=none", "e1m6 scaling=none", "e5m2", "no such format"):
+        make_run(tmp_path / recipe, recipe=recipe)
+    assert same_grids(study_of(tmp_path)) == []
+
+
 def test_one_seed_says_so(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", falling(3.5), "e5m2")
