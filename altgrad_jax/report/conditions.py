@@ -23,22 +23,26 @@ class Condition:
     """What a run tries.
 
     Attributes:
-      recipe: of the layers under test: a format, a recipe, "bf16", or "float32".
+      recipe: its name: that of the sweep, else the recipe itself; "bf16" or "float32" without rules.
+      text: the recipe of the layers under test, as `parse_recipe` reads it.
       optimizer: its short name, as configs/optimizer.py has it.
       layers: "all", or the pattern or name of those under test.
       seed: of weights and data; None if it is not known.
       learning_rate: NaN if it is not known.
+      factor: on the optimizer's usual rate, as a search tries them; NaN likewise.
       together: how many conditions ran in one program; of more than 1, tokens/s is not that of a run alone.
-      matrix: the sweep's name, "" of a single run.
+      stated: whether a sweep wrote it.
     """
 
     recipe: str
+    text: str
     optimizer: str
     layers: str
     seed: int | None
     learning_rate: float
-    together: int = 1
-    matrix: str = ""
+    factor: float
+    together: int
+    stated: bool
 
 
 def condition_of(run: Run) -> Condition:
@@ -48,15 +52,17 @@ def condition_of(run: Run) -> Condition:
     recipe, layers = _recipe(config)
     seed = stated.get("seed", config.get("seed", run.identity.get("seed")))
     rate = stated.get("learning_rate", _object(config.get("optimizer")).get("learning_rate"))
-    together = stated.get("together", 1)
+    together, factor = stated.get("together", 1), stated.get("rate")
     return Condition(
         recipe=_text(stated.get("recipe"), recipe),
+        text=recipe if config else _text(stated.get("recipe"), recipe),
         optimizer=_text(stated.get("optimizer"), optimizer_name(_object(config.get("optimizer")))),
         layers=_text(stated.get("layers"), layers),
         seed=seed if type(seed) is int else None,
         learning_rate=float(rate) if is_number(rate) else math.nan,
+        factor=float(factor) if is_number(factor) else math.nan,
         together=together if type(together) is int and together > 0 else 1,
-        matrix=_text(stated.get("matrix"), ""),
+        stated=bool(stated),
     )
 
 
@@ -110,6 +116,7 @@ class Matrix:
       question: what it asks; "" if it does not say.
       command: that started it, "" likewise.
       expected: folder -> its condition in words, of every condition.
+      notes: what the search for learning rates says of its choice.
       problems: what is wrong with matrix.json.
     """
 
@@ -118,6 +125,7 @@ class Matrix:
     question: str
     command: str
     expected: dict[str, str]
+    notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -126,12 +134,10 @@ def read_matrix(path: Path) -> Matrix | None:
     file = path / "matrix.json"
     if not file.exists():
         return None
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        return Matrix(path, path.name, "", "", {}, (f"matrix.json cannot be read: {' '.join(str(e).split())}",))
-    if not isinstance(found, dict):
-        return Matrix(path, path.name, "", "", {}, ("matrix.json holds no object",))
+    found, problem = _read(file)
+    if problem:
+        return Matrix(path, path.name, "", "", {}, problems=(problem,))
+    notes = _read(path / "search" / "rates.json")[0].get("notes")
     conditions = found.get("conditions")
     expected = {
         str(c["name"]): ", ".join(f"{key} {c[key]}" for key in ("recipe", "optimizer", "layers", "seed") if key in c)
@@ -140,4 +146,15 @@ def read_matrix(path: Path) -> Matrix | None:
     }
     command = found.get("command")
     text = " ".join(map(str, command)) if isinstance(command, list) else _text(command, "")
-    return Matrix(path, _text(found.get("name"), path.name), _text(found.get("question"), ""), text, expected)
+    name, question = _text(found.get("name"), path.name), _text(found.get("question"), "")
+    said = tuple(map(str, notes)) if isinstance(notes, list) else ()
+    return Matrix(path, name, question, text, expected, said)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    """(the object in a JSON file, what is wrong with it)."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        return {}, f"{file.name} cannot be read: {' '.join(str(e).split())}"
+    return (found, "") if isinstance(found, dict) else ({}, f"{file.name} holds no object")

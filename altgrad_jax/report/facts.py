@@ -24,8 +24,7 @@ def sessions(entry: Entry) -> list[dict[str, Any]]:
 
 def command(entry: Entry) -> str:
     """The command of a run's last start, as a shell reads it; "" if it is not known."""
-    for one in reversed(sessions(entry)):
-        words = one.get("command")
+    for words in (*(one.get("command") for one in reversed(sessions(entry))), entry.run.manifest.get("command")):
         if isinstance(words, list) and words:
             return shlex.join(map(str, words))
         if isinstance(words, str):
@@ -193,6 +192,11 @@ def _count(value: Any) -> Cell:
     return number(float(value), ".0f") if is_number(value) else Cell(MISSING)
 
 
+def _first(*values: float) -> float:
+    """The first that is a number."""
+    return next((value for value in values if not math.isnan(value)), math.nan)
+
+
 def _float(value: Any) -> float:
     return float(value) if is_number(value) else math.nan
 
@@ -241,7 +245,7 @@ def apart_table(study: Study) -> Table:
 
 def search_table(study: Study) -> Table:
     """The learning rates tried for each optimizer, and which the comparison used."""
-    used = {(g.optimizer, e.condition.learning_rate) for g in study.groups for e in g.entries}
+    used = {(g.optimizer, g.recipe, e.condition.learning_rate) for g in study.groups for e in g.entries}
     tried: dict[tuple[str, str, float], list[Entry]] = {}
     for entry in study.searches:
         c = entry.condition
@@ -252,18 +256,23 @@ def search_table(study: Study) -> Table:
         cells = (
             text(optimizer),
             text(recipe),
+            number(entries[0].condition.factor, ".3g"),
             number(rate, ".3g"),
             number(sum(losses) / len(losses) if losses else math.nan),
             text(", ".join(sorted({e.run.status for e in entries}))),
-            text("used" if (optimizer, rate) in used else ""),
+            text("used" if (optimizer, recipe, rate) in used else ""),
         )
         rows.append(Row(f"{optimizer}, {recipe}, {rate:.6g}", cells, tuple(e.number for e in entries)))
-    columns = ("optimizer", "recipe", "learning rate", "loss", "status", "in the comparison")
-    note = "Runs of the search are no part of the comparison. Loss: last validation loss, mean over the search's seeds."
+    columns = ("optimizer", "recipe", "factor", "learning rate", "loss", "status", "in the comparison")
+    said = " ".join(f"{note}." for matrix in study.matrices for note in matrix.notes)
+    note = (
+        "Runs of the search are no part of the comparison. Factor: on the optimizer's usual rate. Loss: last validation"
+        f" loss, mean over the search's seeds. {said}"
+    )
     return Table("search", "Search for the learning rate", "tried", columns, tuple(rows), note)
 
 
-SCORES = ("micro_f1", "macro_f1", "micro_precision", "micro_recall", "subset_accuracy", "hamming_loss")
+SCORES = ("micro_f1", "macro_f1", "micro_pr_auc", "subset_accuracy", "hamming_loss")
 
 
 def classification_table(study: Study) -> Table:
@@ -271,11 +280,10 @@ def classification_table(study: Study) -> Table:
     rows = []
     for entry in study.classified:
         final = _object(entry.run.summary.get("final"))
-        tests = {**final, **_object(entry.run.summary.get("test"))}
         cells = [text(entry.condition.recipe), text(entry.condition.optimizer), text(entry.run.status)]
         cells.append(number(entry.run.last("val/loss")))
         cells += [number(entry.run.last(f"val/{score}")) for score in SCORES]
-        cells += [number(_float(tests.get(f"test/{s}", tests.get(s)))) for s in SCORES[:2]]
+        cells += [number(_first(entry.run.last(f"test/{s}"), _float(final.get(f"test/{s}")))) for s in SCORES]
         rows.append(Row(f"{entry.number}: {entry.where}", tuple(cells), (entry.number,)))
     columns = (
         "recipe",
@@ -283,7 +291,6 @@ def classification_table(study: Study) -> Table:
         "status",
         "val loss",
         *(f"val {s}" for s in SCORES),
-        "test micro_f1",
-        "test macro_f1",
+        *(f"test {s}" for s in SCORES),
     )
     return Table("classification", "Classification", "run", columns, tuple(rows))

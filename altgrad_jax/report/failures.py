@@ -198,11 +198,11 @@ class Evidence:
 
 def layer_evidence(study: Study) -> dict[str, list[Evidence]]:
     """layer -> the evidence of each group that has it in a format, with AdamW where AdamW was tried."""
-    candidates = [group for group in study.groups if formats_of(group.recipe)]
+    candidates = [group for group in study.groups if formats_of(group.text)]
     plain = [group for group in candidates if group.optimizer == ADAMW]
     found: dict[str, list[Evidence]] = defaultdict(list)
     for group in plain or candidates:
-        formats = formats_of(group.recipe).values()
+        formats = formats_of(group.text).values()
         bits = max(fmt.bits for fmt in formats)
         mantissa = min(fmt.mantissa_bits for fmt in formats)
         worst: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -35,7 +35,7 @@ def _parsed(recipe: str) -> Recipe | None:
 
 def same_grids(study: Study) -> list[str]:
     """Pairs of formats in the report that are one grid under a free scale, in words."""
-    recipes = [recipe for group in study.groups if (recipe := _parsed(group.recipe)) is not None]
+    recipes = [recipe for group in study.groups if (recipe := _parsed(group.text)) is not None]
     roles = [recipe.role(role) for recipe in recipes for role in ROLES]
     formats = {role.fmt.name: role.fmt for role in roles if role.scaling not in FIXED_SCALES}
     found = []
@@ -108,7 +108,7 @@ def format_table(study: Study) -> Table:
             curves[group.curve] = group
     rows = []
     for curve, group in curves.items():
-        formats = list(dict.fromkeys(formats_of(group.recipe).values()))
+        formats = list(dict.fromkeys(formats_of(group.text).values()))
         cells = (
             text(group.optimizer),
             *_grid_cells(formats),

@@ -91,6 +91,11 @@ class Group:
         """The condition in words."""
         return f"{self.curve}, {self.optimizer}"
 
+    @property
+    def text(self) -> str:
+        """The recipe behind the name."""
+        return self.entries[0].condition.text
+
     @cached_property
     def final_losses(self) -> dict[int, float]:
         """Seed -> last validation loss, of the runs that have one."""
@@ -267,6 +272,8 @@ def _set_apart(entries: Sequence[Entry]) -> tuple[list[Entry], list[tuple[Entry,
 
 
 def _reasons(entry: Entry, reference: Entry) -> list[str]:
+    if entry.ended_badly and entry.condition.stated and not entry.run.identity:
+        return []  # a sweep's condition that failed before it began
     found = differences(entry.run, reference.run)
     if not entry.run.records:
         found = ["no step was logged", *found] if not entry.ended_badly else found

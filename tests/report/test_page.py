@@ -190,7 +190,7 @@ def test_classification_runs_have_their_own_table(tmp_path):
 
 def test_a_large_matrix_stays_small(tmp_path):
     layers = [f"blocks.{i}.{name}" for i in range(4) for name in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")]
-    folder = make_matrix(tmp_path / "m", steps=300, every=25, layers=[*layers, "lm_head"])
+    folder = make_matrix(tmp_path / "m", steps=150, every=15, layers=[*layers, "lm_head"])
     report(folder, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 6e6
     assert len(csv_cells(tmp_path / "report.html")) > 3000

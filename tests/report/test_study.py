@@ -10,8 +10,10 @@ from altgrad_jax.errors import UsageError
 from altgrad_jax.report.answer import answer, question
 from altgrad_jax.report.conditions import condition_of, optimizer_name
 from altgrad_jax.report.curves import seconds_at, tokens_to_reach, training_series, validation_series
+from altgrad_jax.report.facts import command as command_of
+from altgrad_jax.report.facts import search_table
 from altgrad_jax.report.failures import heat_maps, sweet_spots
-from altgrad_jax.report.results import equal_loss_table, gains_table, results_table, same_grids
+from altgrad_jax.report.results import equal_loss_table, format_table, gains_table, results_table, same_grids
 from altgrad_jax.report.runs import read_run, read_runs
 from altgrad_jax.report.study import Study, make_study
 from tests.report.made import BATCH, BLOCK, falling, make_matrix, make_run
@@ -184,16 +186,44 @@ def test_the_baseline_can_be_chosen(tmp_path):
 
 def test_a_matrix_names_its_holes_and_its_search(tmp_path):
     folder = make_matrix(tmp_path / "m", ("e5m2",), ("adamw", "madam"), (1, 2), missing=["e5m2-adamw-2"], steps=40)
-    rates = {1e-3: 3.2, 3e-3: 3.0}
-    for rate, end in rates.items():
-        condition = {"optimizer": "adamw", "recipe": "e5m2", "seed": 1, "learning_rate": rate}
-        make_run(folder / "search" / f"adamw-{rate}", falling(end), "e5m2", condition=condition)
+    for factor, end in ((0.5, 3.2), (1.0, 3.0)):
+        rate = 3e-3 * factor
+        condition = {"optimizer": "adamw", "recipe": "e5m2", "seed": 41, "rate": factor, "learning_rate": rate}
+        make_run(folder / "search" / f"adamw-{factor}", falling(end), "e5m2", seed=41, condition=condition)
+    (folder / "search" / "rates.json").write_text(json.dumps({"notes": ["adamw: at the end of those tried"]}))
     study = study_of(folder)
     assert question(study).startswith("Which 8-bit formats")
     assert study.missing == ["e5m2-adamw-2 (recipe e5m2, optimizer adamw, layers all, seed 2)"]
     assert len(study.searches) == 2 and all(entry.run.path.parent.name != "search" for entry in study.entries)
+    tried = search_table(study)
+    assert [(row.cells[2].value, row.cells[4].value, row.cells[6].text) for row in tried.rows] == [
+        (0.5, pytest.approx(3.2), "–"),
+        (1.0, pytest.approx(3.0), "used"),
+    ]
+    assert "at the end of those tried" in tried.note
     (folder / "matrix.json").write_text("{half")
     assert "cannot be read" in study_of(folder).matrices[0].problems[0]
+
+
+def test_a_condition_that_failed_before_it_began_is_a_result(tmp_path):
+    """A sweep writes no identity of one that did not fit into memory."""
+    for seed in (0, 1):
+        make_run(tmp_path / f"a{seed}", seed=seed)
+        made = make_run(tmp_path / f"b{seed}", seed=seed, status="failed", reason="out of memory")
+        config = json.loads((made / "manifest.json").read_text())["config"]
+        config["precision"]["rules"] = [["lm_head", "e5m2 w.pow2=1"]]
+        condition = {"recipe": "five", "optimizer": "adamw", "layers": "lm_head", "rate": 1.0, "seed": seed}
+        command = ["python", "-m", "altgrad_jax.main", f"--config.seed={seed}"]
+        left = {"condition": condition, "config": config, "command": command}
+        (made / "manifest.json").write_text(json.dumps(left))
+        (made / "metrics.jsonl").unlink()
+    study = study_of(tmp_path)
+    assert not study.apart and names(study) == ["bf16, adamw", "five, in lm_head, adamw"]
+    group = study.groups[1]
+    assert (group.status, group.lost, group.text) == ("failed", 2, "e5m2 w.pow2=1")
+    assert format_table(study).rows[1].cells[1].value == 8  # bits, of the recipe behind the name
+    assert command_of(group.entries[1]) == "python -m altgrad_jax.main --config.seed=1"
+    assert "no final loss to compare has five" in answer(study)[0]
 
 
 def test_tokens_to_reach_a_loss_are_interpolated(tmp_path):
