@@ -28,7 +28,7 @@ from altgrad_jax.report.results import (
     results_table,
     same_grids,
 )
-from altgrad_jax.report.study import Study
+from altgrad_jax.report.study import Study, shortened
 
 NEEDS = {"altair": "altair>=5.4", "vl_convert": "vl-convert-python>=1.6", "jinja2": "jinja2>=3"}
 CSV_HEAD = ("table", "row", "column", "value", "low", "high", "text")
@@ -115,7 +115,7 @@ def as_markdown(study: Study, made: Mapping[str, Table], command: str) -> str:
     lines = [f"# {_plain(question(study))}", "", *(f"- {_plain(sentence)}" for sentence in answer(study)), ""]
     lines += [f"> {_plain(note)}\n" for note in same_grids(study)]
     if study.missing:
-        lines += [f"> Conditions of the matrix that are not here: {_plain('; '.join(study.missing))}", ""]
+        lines += [f"> Missing of the matrix ({len(study.missing)}): {_plain(shortened(study.missing))}", ""]
     lines += _table("", ("", ""), ((name, what) for name, what in facts(study)))
     for table in made.values():
         if table.rows:

@@ -21,7 +21,7 @@ from altgrad_jax.report.curves import gap_curves, loss_curves, rounded
 from altgrad_jax.report.facts import facts
 from altgrad_jax.report.failures import heat_maps
 from altgrad_jax.report.results import same_grids
-from altgrad_jax.report.study import Comparison, Study
+from altgrad_jax.report.study import Comparison, Study, shortened
 
 EXPORTS = "window.altgrad = {embed: vegaEmbed};"
 
@@ -57,6 +57,7 @@ def render(document: Document) -> str:
         answer=answer(study),
         facts=facts(study),
         study=study,
+        missing=shortened(study.missing),
         tables=document.tables,
         notes=same_grids(study),
         charts=specs,

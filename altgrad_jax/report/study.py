@@ -185,7 +185,7 @@ class Study:
         pairs = [(g, plain[g.curve]) for g in self.groups if g.optimizer != ADAMW and g.curve in plain]
         return _corrected([compare(group, adamw) for group, adamw in pairs])
 
-    @property
+    @cached_property
     def missing(self) -> list[str]:
         """Conditions that a matrix names and no run is there for."""
         there = {entry.run.path.resolve() for entry in self.entries}
@@ -195,6 +195,12 @@ class Study:
             for name, what in matrix.expected.items()
             if (matrix.path / name).resolve() not in there
         ]
+
+
+def shortened(names: Sequence[str], most: int = 20) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
 
 
 def compare(group: Group, against: Group) -> Comparison:
@@ -329,5 +335,4 @@ def _baseline(groups: Sequence[Group], name: str | None) -> Group | None:
 
 
 def _named(groups: Sequence[Group]) -> str:
-    names = [f'"{group.name}"' for group in groups]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return shortened([f'"{group.name}"' for group in groups], 12)
