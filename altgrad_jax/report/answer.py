@@ -84,7 +84,9 @@ def _formats(study: Study) -> str:
         worse = [c for c in tested if c.p_holm < LEVEL and c.difference.mean > 0]
         better = [c for c in tested if c.p_holm < LEVEL and c.difference.mean < 0]
         if tested and not worse and not better:
-            parts.append(f"no difference to it is significant ({len(tested)} tested)")
+            alone = sum(c.difference.p < LEVEL for c in tested)
+            but = f", {alone} would be without the correction" if alone else ""
+            parts.append(f"no difference to it is significant ({len(tested)} tested{but})")
         elif tested:
             kinds = [f"{len(found)} {word}" for found, word in ((worse, "worse"), (better, "better")) if found]
             parts.append(f"of {len(tested)} tested against it {' and '.join(kinds)} beyond chance")

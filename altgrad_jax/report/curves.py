@@ -73,19 +73,22 @@ def _clocks(group: Group) -> list[Clock]:
 
 
 def tokens_to_reach(run: Run, loss: float) -> float:
-    """Tokens until the validation loss, linear between evaluations, first is `loss` or lower; NaN if it never is."""
+    """Tokens until the validation loss, linear between evaluations, is `loss` or lower for good; NaN if it never is.
+
+    For good: a loss that is low for a moment and rises again has not got there.
+    """
     step_tokens = run.tokens / run.step if run.tokens and run.step else math.nan
     points = [
         (record["step"], float(record["val/loss"]))
         for record in run.records
         if is_number(record.get("val/loss")) and math.isfinite(record["val/loss"])
     ]
-    if points and points[0][1] <= loss:
-        return points[0][0] * step_tokens
-    for (s0, l0), (s1, l1) in pairwise(points):
-        if l1 <= loss:
-            return (s0 + (s1 - s0) * (l0 - loss) / (l0 - l1)) * step_tokens
-    return math.nan
+    if not points or points[-1][1] > loss:
+        return math.nan
+    for (s0, l0), (s1, l1) in pairwise(reversed(points)):
+        if l1 > loss:  # the last evaluation above it; the next one is not
+            return (s1 + (s0 - s1) * (l1 - loss) / (l1 - l0)) * step_tokens
+    return points[0][0] * step_tokens
 
 
 def loss_curves(study: Study) -> list[dict[str, Any]]:

@@ -251,10 +251,10 @@ def equal_loss_table(study: Study) -> tuple[Table, float]:
         rows.append(Row(group.name, cells, numbers(group.entries)))
     shown = "unknown" if math.isnan(target) else f"{target:.4f} nats"
     note = (
-        f"Tokens until the validation loss, joined by straight lines between evaluations, first is {shown}: the"
-        " highest final loss of a run among the conditions that finished with all their seeds. Speed: the baseline's"
-        " tokens over this condition's, geometric mean over the seeds in which both arrive, with the 95 % t interval of"
-        " its logarithm; above 1 it needs fewer."
+        f"Tokens until the validation loss, joined by straight lines between evaluations, is {shown} or lower for good:"
+        " the highest final loss of a run among the conditions that finished with all their seeds. Speed: the"
+        " baseline's tokens over this condition's, geometric mean over the seeds in which both arrive, with the 95 % t"
+        " interval of its logarithm; above 1 it needs fewer."
     )
     columns = ("tokens", "seeds that arrive", "speed to that loss")
     return Table("speed", "Equal-loss speed", "condition", columns, tuple(rows), note), target

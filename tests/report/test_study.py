@@ -231,6 +231,9 @@ def test_tokens_to_reach_a_loss_are_interpolated(tmp_path):
     # 4.35 is reached at step 55.
     assert tokens_to_reach(run, 4.35) == pytest.approx(55 * BATCH * BLOCK)
     assert tokens_to_reach(run, 6.5) == 0 and math.isnan(tokens_to_reach(run, 1.0))
+    # Low at step 10, high at 20, and from there down by 0.05 a step: 4.5 for good at step 50.
+    rebound = read_run(make_run(tmp_path / "b", lambda step: 3.0 if step == 10 else 7.0 - 0.05 * step))
+    assert tokens_to_reach(rebound, 4.5) == pytest.approx(50 * BATCH * BLOCK)
 
 
 def test_equal_loss_speed(tmp_path):
