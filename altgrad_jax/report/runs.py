@@ -8,10 +8,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from altgrad_jax.errors import UserError
-from altgrad_jax.tracking import Record, read_metrics
+from altgrad_jax.tracking import Record
 
 # What must be equal for the losses of two runs to be compared: the data, the model's task, and how long it was learned.
 MUST_AGREE = (
@@ -25,7 +25,10 @@ MUST_AGREE = (
     "train.batch_size",
     "optimizer.schedule",
     "optimizer.decay_steps",
+    "optimizer.warmup_steps",
+    "optimizer.min_lr_ratio",
 )
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Run:
 
     def last(self, name: str) -> float:
         """The last value of a metric, NaN if it was never logged; a run that diverged may end in NaN too."""
-        return next((float(r[name]) for r in reversed(self.records) if name in r), math.nan)
+        return next((float(r[name]) for r in reversed(self.records) if is_number(r.get(name))), math.nan)
 
     def highest(self, prefix: str, suffix: str) -> float:
         """The largest last value of metrics called prefix/.../suffix, such as quant/<role>/overflow."""
@@ -86,11 +89,7 @@ def read_run(path: Path) -> Run:
     if not (path / "metrics.jsonl").exists() and not (path / "manifest.json").exists():
         raise UserError(f"{path} is no work directory: it has neither metrics.jsonl nor manifest.json")
     manifest, summary = (_read_json(path / name, problems) for name in ("manifest.json", "summary.json"))
-    try:
-        records = [record for record in read_metrics(path / "metrics.jsonl") if isinstance(record.get("step"), int)]
-    except UserError as e:
-        problems.append(str(e))
-        records = []
+    records = _read_records(path / "metrics.jsonl", problems)
     if not records:
         problems.append("no step was logged")
     identity = manifest.get("identity")
@@ -98,6 +97,40 @@ def read_run(path: Path) -> Run:
         identity = {}
         problems.append("manifest.json does not say what was run")
     return Run(path, path.resolve().name, tuple(records), manifest, summary, tuple(problems), identity)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one that a float holds; true and false are none."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _read_records(path: Path, problems: list[str]) -> list[Record]:
+    """The records of a metrics file in order of their steps: numbers, and what is said of events.
+
+    Lines that hold none are named and left out.
+
+    A last line without its end is no defect: the run was killed, or is still going on.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as e:
+        problems.append(f"{path.name} cannot be read: {e.strerror}")
+        return []
+    records, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            record = ()
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**53:
+            restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
+            records.append({k: v for k, v in restored.items() if is_number(v) or k.startswith("event")})
+        elif line and number < len(lines):
+            bad.append(number)
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        problems.append(f"{path.name}: no record in line {', '.join(map(str, bad[:3]))}{more}; left out")
+    return sorted(records, key=lambda record: record["step"])
 
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
