@@ -67,7 +67,7 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
             "config.base.tracking.wandb must be 'disabled': the conditions of a sweep are recorded in their"
             " folders, and not sent to W&B"
         )
-    compiled = workdir / "compiled"
+    compiled = workdir / f"compiled-{shard[0]}of{shard[1]}"
     if not matrix.base.runtime.compilation_cache:  # groups of one size share their programs
         matrix.base.runtime.compilation_cache = str(compiled)
     trial, all_conditions = search_conditions(matrix, plain), conditions(matrix, plain)
