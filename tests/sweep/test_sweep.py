@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,9 +19,11 @@ from altgrad_jax.console import make_console
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.report.runs import read_runs
 from altgrad_jax.sweep.__main__ import parse_shard, sweep
+from altgrad_jax.sweep.group import TooLargeError, train_together
 from altgrad_jax.sweep.matrix import conditions
+from altgrad_jax.sweep.memory import free_bytes, needed_bytes
 from altgrad_jax.sweep.progress import Progress
-from altgrad_jax.sweep.requests import Outcome
+from altgrad_jax.sweep.requests import Member, Outcome
 from altgrad_jax.sweep.run import _after, _death, _Unit
 from altgrad_jax.sweep.search import choose
 from altgrad_jax.tracking import read_metrics
@@ -136,6 +140,27 @@ def test_what_does_not_fit_into_memory_is_cut_up_and_at_last_a_result(lab, tmp_p
     assert (kept["status"], kept["reason"]) == ("failed", "its process ended by signal 9 (SIGKILL)")
     assert "e5m2-adamw-seed0 failed: its process ended by signal 9" in capsys.readouterr().out
     assert read_runs([str(tmp_path)])[0].status == "failed"
+
+
+@pytest.mark.slow
+def test_before_training_the_program_is_held_against_the_memory_there_is(lab, tmp_path, monkeypatch):
+    unit, _ = a_unit(lab, tmp_path)
+    members = [Member(c.name, tmp_path / c.name, c.config, c.facts, c.command) for c in unit.conditions]
+    monkeypatch.setattr("altgrad_jax.sweep.group.needed_bytes", lambda compiled: 1000 + 0 * needed_bytes(compiled))
+    monkeypatch.setattr("altgrad_jax.sweep.group.free_bytes", lambda device: 700)
+    with pytest.raises(TooLargeError) as caught:
+        train_together(members, tmp_path / "group", lambda what, value: None)
+    assert caught.value.fitting == 2
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def test_memory_that_is_known():
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.zeros((256, 256))).compile()
+    assert needed_bytes(compiled) >= 2 * 4 * 256 * 256
+    assert free_bytes(jax.devices()[0]) > 1e8
+    gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 500})
+    assert free_bytes(gpu) == 400
+    assert free_bytes(SimpleNamespace(platform="tpu", memory_stats=lambda: None)) is None
 
 
 def test_of_conditions_that_fail_together_each_has_its_own_chance(lab, tmp_path):
