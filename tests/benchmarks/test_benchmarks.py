@@ -7,12 +7,15 @@ import os
 import stat
 import subprocess
 import sys
+from argparse import Namespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.model import GPTConfig
+from altgrad_jax.model import GPTConfig, layer_shapes
+from altgrad_jax.precision.policy import resolve
 from tests.forks import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -107,6 +110,34 @@ def test_peers(run):
     for name, package in (("torch.compile, bf16", "torch"), ("flax.linen, qwix fp8", "qwix")):
         if importlib.util.find_spec(package) is None:
             assert_skipped(results["peers"][name], "not installed", package)
+
+
+@pytest.mark.slow
+def test_layer_scan_of_quantised_layers(module):
+    """One block in a loop over stacked parameters and scaling states: the same losses as the network's."""
+    scan = module("layer_scan")
+    arguments = Namespace(heads=2, width=16, window=8, vocabulary=32, batch=2, attention="auto")
+    config = scan.config_of(2, arguments, "float32")
+    policy = resolve([(r"blocks\..*|lm_head", "e4m3 x=float32 w=float32")], layer_shapes(config))
+    losses = []
+    for form in scan.FORM.values():
+        step, initial = form(config, policy)
+        losses.append(scan.Run(jax.jit(step), initial(), jnp.asarray(scan.tokens_of(arguments))).losses())
+    assert scan.largest_difference(losses) < 1e-6 and losses[0][0] > losses[0][-1]
+
+
+@pytest.mark.slow
+def test_layer_scan(run):
+    results = run("layer_scan.py", "--tiny", "--recipes", "bf16")
+    assert results["largest_relative_difference_in_float32"] < 1e-6
+    entries = results["2 layers"]["bf16"]
+    for remat in ("none", "block"):
+        for form in ("unrolled", "scanned"):
+            entry = entries[f"{form}, remat={remat}"]
+            assert all(entry[what] > 0 for what in ("compile_seconds", "instructions", "temp_bytes", "seconds_per_step"))
+        ratio = entries[f"scanned over unrolled, remat={remat}"]["temp_bytes"]
+        scanned, unrolled = (entries[f"{form}, remat={remat}"]["temp_bytes"] for form in ("scanned", "unrolled"))
+        assert ratio == round(scanned / unrolled, 3)
 
 
 @pytest.mark.slow
