@@ -17,6 +17,7 @@ for each layer: what a rule names, all blocks have.
 
 import argparse
 import dataclasses
+import json
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import write_results
+from common import save_results
 from flax import nnx
 from jax import lax
 from timing import in_turn
@@ -53,7 +54,7 @@ Step = Callable[[State, jax.Array], tuple[State, jax.Array]]
 
 
 def main() -> None:
-    """All depths, recipes and forms, in this process."""
+    """All depths, recipes and forms, in this process; the results are saved after each depth."""
     arguments = parse_arguments()
     device = None
     if arguments.gpu:
@@ -67,8 +68,8 @@ def main() -> None:
         for layers in arguments.layers:
             results[f"{layers} layers"] = {recipe: measure(layers, recipe, arguments) for recipe in arguments.recipes}
             print(f"{layers} layers done", file=sys.stderr, flush=True)
-    with jax.default_device(None):
-        write_results(arguments.out, results)
+            save_results(arguments.out, results)
+    print(json.dumps(results, indent=2))
 
 
 def parse_arguments() -> argparse.Namespace:

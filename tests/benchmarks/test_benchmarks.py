@@ -134,7 +134,8 @@ def test_layer_scan(run):
     for remat in ("none", "block"):
         for form in ("unrolled", "scanned"):
             entry = entries[f"{form}, remat={remat}"]
-            assert all(entry[what] > 0 for what in ("compile_seconds", "instructions", "temp_bytes", "seconds_per_step"))
+            assert all(entry[what] > 0 for what in ("compile_seconds", "instructions", "temp_bytes"))
+            assert entry["seconds_per_step"] > 0
         ratio = entries[f"scanned over unrolled, remat={remat}"]["temp_bytes"]
         scanned, unrolled = (entries[f"{form}, remat={remat}"]["temp_bytes"] for form in ("scanned", "unrolled"))
         assert ratio == round(scanned / unrolled, 3)
