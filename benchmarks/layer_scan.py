@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.layers, arguments.width, arguments.heads, arguments.window = [2], 32, 2, 16
-        arguments.rounds, arguments.batch = 1, 2
+        arguments.rounds, arguments.batch, arguments.vocabulary = 1, 2, 512
     return arguments
 
 

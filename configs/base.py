@@ -72,6 +72,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.precision.rules = ()  # ((pattern of layer paths, recipe), ...): the first match decides
     config.precision.backend = "auto"  # auto | native | emulated
     config.precision.kernel = "xla"  # xla | pallas: what multiplies natively two operands of one FP8 type; docs/gpu.md
+    # pallas: a table of tiles that benchmarks/tune_kernel.py has measured; none: by the products' sizes
+    config.precision.kernel_tiles = config_dict.placeholder(str)
     config.precision.strict = False  # refuse to run where a quantised layer is not multiplied in 8 bits
 
     config.diagnostics = ConfigDict()
