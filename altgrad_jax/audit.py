@@ -21,6 +21,7 @@ from altgrad_jax.config import check_devices, validate
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.machine import check_device, check_xla_flags
 from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu
 from altgrad_jax.program import build_program, make_policy
 
@@ -52,6 +53,8 @@ def main() -> int:
         found = _audited(text, config)
     for line in found.lines():
         print(line)
+    if tiles := tiles_used(found, make_policy(config).tiles).line():
+        print(tiles)
     if SAVE_HLO.value:
         Path(SAVE_HLO.value).write_text(text)
     if OUT.value:

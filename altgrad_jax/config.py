@@ -191,6 +191,11 @@ def _precision_violations(config: ConfigDict) -> Iterator[str]:
             parse_rule(rule)
         except ValueError as e:
             yield f"config.precision.rules: {e}"
+    if config.precision.kernel_tiles and config.precision.kernel != "pallas":
+        yield (
+            "config.precision.kernel_tiles is read only with config.precision.kernel=pallas,"
+            f" not {config.precision.kernel!r}"
+        )
 
 
 def _cross_field_violations(config: ConfigDict) -> Iterator[str]:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from altgrad_jax.precision.dot import Prepared, Probe, dequantised_table, matmul, quantised_matmul
 from altgrad_jax.precision.target import on_cpu, target_device
+from altgrad_jax.recomputation import recomputed_backward
 
 Array = jax.Array
 # The quantised layers of a step, by path: what each multiplies with, and where its statistics go (a table has none).
@@ -213,6 +214,7 @@ class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)); the residual stream stays in the compute dtype."""
 
     def __init__(self, path: str, config: GPTConfig, rngs: nnx.Rngs):
+        self.path = path
         self.norm_1 = _layer_norm(config, rngs)
         self.attn = Attention(f"{path}.attn", config, rngs)
         self.norm_2 = _layer_norm(config, rngs)
@@ -242,11 +244,19 @@ def _recomputed(block: Block) -> Callable[[Array, Array | None, Quantised], Arra
     """The block, of whose activations only the input is kept for the backward pass; the rest is computed again."""
     graphdef, params = nnx.split(block)
 
-    @jax.checkpoint
-    def run(params: Any, x_BTC: Array, key: Array | None, quantised: Quantised) -> Array:
+    def run(params: Any, x_BTC: Array, probes: Any, key: Array | None, prepared: Any) -> Array:
+        quantised = {path: (layer, probes.get(path)) for path, layer in prepared.items()}
         return nnx.merge(graphdef, params, copy=True)(x_BTC, key, quantised)
 
-    return lambda *inputs: run(params, *inputs)
+    again = recomputed_backward(run) if on_cpu() else jax.checkpoint(run)
+
+    def apply(x_BTC: Array, key: Array | None, quantised: Quantised) -> Array:
+        own = {path: layer for path, layer in quantised.items() if path.startswith(f"{block.path}.")}
+        prepared = {path: layer for path, (layer, _) in own.items()}
+        probes = {path: probe for path, (_, probe) in own.items() if probe is not None}
+        return again(params, x_BTC, probes, key, prepared)
+
+    return apply
 
 
 class GPT(nnx.Module):

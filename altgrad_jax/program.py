@@ -22,6 +22,7 @@ from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS, needs_formats
 from altgrad_jax.parallel import DataParallel, DeviceStep
 from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.precision.kernels.tiles import BY_SIZE, load_tiles
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.precision.target import on_cpu
 from altgrad_jax.state import TrainState, init_params, init_state, model_structure
@@ -108,10 +109,15 @@ def make_policy(config: ConfigDict, traced: bool = False) -> Policy:
     Formats are in the state with `traced`, and where `config.stability.fallback` may change them.
 
     Raises:
-      UsageError: a rule is malformed, decides no layer, or cannot be run as `backend` and `strict` ask.
+      UsageError: a rule is malformed, decides no layer, or cannot be run as `backend` and `strict` ask; or the table of
+        tiles is malformed.
     """
     precision = config.precision
     shapes = layer_shapes(gpt_config(config.model, precision.compute))
+    try:
+        tiles = load_tiles(precision.kernel_tiles) if precision.kernel_tiles else BY_SIZE
+    except ValueError as e:
+        raise UsageError(f"config.precision.kernel_tiles: {e}") from e
     try:
         return resolve(
             precision.rules,
@@ -120,6 +126,7 @@ def make_policy(config: ConfigDict, traced: bool = False) -> Policy:
             strict=precision.strict,
             traced=traced or config.stability.fallback,
             kernel=precision.kernel,
+            tiles=tiles,
         )
     except ValueError as e:
         raise UsageError(f"config.precision: {e}") from e

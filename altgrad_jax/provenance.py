@@ -63,8 +63,8 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
     facts |= {f"stability.{key}": value for key, value in interventions.items() if value}
     if any(text.startswith("gradients:") for text in full["diagnostics"]["questions"]):
         facts["diagnostics.questions"] = "gradients"  # whose counters are part of the state
-    for rule in ("precision.strict", "precision.rules", "precision.backend", "precision.kernel"):
-        del facts[rule]  # `Policy.identity` says what became of them
+    for key in ("strict", "rules", "backend", "kernel", "kernel_tiles"):
+        del facts[f"precision.{key}"]  # `Policy.identity` says what became of them
     for key in ("batch_size", "grad_accumulation", "steps_per_dispatch", "remat", "loss_chunk", "loss_scale"):
         facts[f"train.{key}"] = full["train"][key]
     if config.optimizer.schedule != "constant":

@@ -19,6 +19,7 @@ from altgrad_jax.model import parameter_counts
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
 from altgrad_jax.precision.audit import Audit
+from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.tracking import Record, json_value, read_metrics
 from altgrad_jax.weights import tree_bytes
 from altgrad_jax.workdir import Workdir
@@ -78,6 +79,7 @@ def write_manifest(
         "audit": {"problem": audited}
         if isinstance(audited, str)
         else audited.summary() | {"products": audited.lines()[:-1]},
+        **_kernel_tiles(exp, audited),
         "parameters": parameter_counts(exp.model),
         "state_bytes": state_bytes(exp),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),
@@ -88,6 +90,14 @@ def write_manifest(
         workdir.write_json("manifest.json", manifest)
         workdir.write_json("config.json", manifest["config"])
     return manifest
+
+
+def _kernel_tiles(exp: Experiment, audited: Audit | str) -> dict[str, Any]:
+    """Where the tiles of the FP8 kernel came from, in runs that use it or were given a table."""
+    if isinstance(audited, str):
+        return {}
+    used = tiles_used(audited, exp.policy.tiles)
+    return {"kernel_tiles": used.as_json()} if used.line() else {}
 
 
 def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[str, str]:

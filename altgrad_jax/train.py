@@ -29,6 +29,7 @@ from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_device, memory_errors
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
+from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.profiling import StepTrace
 from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
@@ -99,6 +100,8 @@ def train(
         audited, compile_seconds = compile_audited(exp, start.state)
         found = audited if isinstance(audited, str) else audited.headline()
         console.print(f"  {found}", highlight=False, soft_wrap=True)
+        if not isinstance(audited, str) and (tiles := tiles_used(audited, exp.policy.tiles).line()):
+            console.print(f"  {tiles}", highlight=False, soft_wrap=True)
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited, command, more)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         trace = StepTrace(workdir.path / "profile" if config.profile else None)

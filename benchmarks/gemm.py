@@ -212,7 +212,7 @@ def tuned(candidates: list[Kind], shape: Shape, device: jax.Device | None) -> tu
     least = float("inf")
     for kind in candidates:
         assert kind.tiles is not None
-        label = "x".join(map(str, (kind.tiles.m, kind.tiles.n, kind.tiles.k, kind.tiles.stages)))
+        label = kind.tiles.label()
         if reason := kernel_obstacle(shape, kind.tiles):
             times[label] = skipped(reason)
             continue

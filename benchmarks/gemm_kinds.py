@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_jax.precision.dot import gemm_scope, matmul, quantised_matmul
-from altgrad_jax.precision.kernels.fp8_matmul import CANDIDATES, Tiles, fp8_matmul, padded
+from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul, padded
+from altgrad_jax.precision.kernels.tiles import CANDIDATES, Tiles
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.precision.statistics import RoleStats
 from altgrad_jax.precision.target import has_wgmma, target_device

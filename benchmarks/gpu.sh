@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh [FOLDER]          # FOLDER: docs/results/gpu
 #
-# Writes one JSON file a benchmark, the audits of six configurations on the real GPU, a log of each in FOLDER/logs, and
+# Writes one JSON file a benchmark, the audits of seven configurations on the real GPU, a log of each in FOLDER/logs, and
 # steps.json: every step with its exit status (124: its time was up) and seconds. A step that fails does not stop the
 # others. Exit status: 0 if all steps ended well, else 1.
 #
@@ -17,6 +17,8 @@ out=${1:-docs/results/gpu}
 python=${PYTHON:-python}
 deadline=$((SECONDS + 60 * ${MINUTES:-25}))
 tiny=${TINY:+--tiny}
+kills=${TINY:+1}
+kills=${kills:-5}
 mkdir -p "$out/logs"
 # One program is compiled, and its kernels are chosen by timing, once for all steps that run it.
 JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
@@ -50,6 +52,8 @@ audit() { # NAME CONFIG OPTIONS...: what the train step multiplies, as compiled 
   step "audit_$name" 3 -m altgrad_jax.audit "--config=configs/$config" "--out=$out/audit_$name.json" "$@"
 }
 
+# shellcheck source=launch/xla_flags.sh
+deterministic=$(source launch/xla_flags.sh auto deterministic && echo "${XLA_FLAGS:-}")
 small=()
 [ -z "$tiny" ] || small=(--config.model.n_layer=1 --config.model.n_embd=64 --config.model.n_head=2
   --config.model.vocab_size=256 --config.model.block_size=32 --config.train.batch_size=4)
@@ -66,6 +70,16 @@ audit e5m2 e5m2.py "${small[@]}"
 audit e5m2_pallas e5m2.py --config.precision.kernel=pallas "${small[@]}"
 step peers 5 benchmarks/peers.py $tiny --minutes=4 --patience=120 ${ALTGRAD:+"--altgrad=$ALTGRAD"} "--out=$out/peers.json"
 step losses 4 benchmarks/gpu_check.py $tiny --checks losses "--out=$out/losses.json"
+# A run that is killed again and again ends with the bits of one that is not, if XLA is told to be deterministic; and
+# what that costs, beside step_124M.
+XLA_FLAGS=$deterministic step resume 4 benchmarks/resume.py --here --config=configs/hybrid.py:quick "--kills=$kills" \
+  "--out=$out/resume.json"
+XLA_FLAGS=$deterministic step step_deterministic 3 benchmarks/gpu_step.py $tiny --minutes=2.5 --sizes gpt2_124M --recipes bf16 hybrid \
+  "--out=$out/step_deterministic.json"
+step tiles 3 benchmarks/tune_kernel.py --config=configs/e5m2.py "--out=$out/tiles.json" "${small[@]}"
+audit e5m2_tiles e5m2.py --config.precision.kernel=pallas "--config.precision.kernel_tiles=$out/tiles.json" "${small[@]}"
+step layer_scan 4 benchmarks/layer_scan.py $tiny --layers 24 12 --recipes bf16 hybrid --width=768 --heads=12 --window=1024 \
+  --vocabulary=50304 "--out=$out/layer_scan.json"
 audit e4m3 format.py:e4m3 "${small[@]}"
 audit e5m2_cast e5m2_cast.py "${small[@]}"
 audit bf16 bf16.py "${small[@]}"

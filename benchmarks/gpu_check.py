@@ -32,7 +32,8 @@ from altgrad_jax import experiment
 from altgrad_jax.config import load_sibling, validate
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.precision.audit import find_gemms
-from altgrad_jax.precision.kernels.fp8_matmul import CANDIDATES, MULTIPLE, Tiles, fp8_matmul, reference
+from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul, reference
+from altgrad_jax.precision.kernels.tiles import CANDIDATES, MULTIPLE, Tiles
 from altgrad_jax.precision.recipes import parse_recipe
 from altgrad_jax.precision.scaling import initial_state, next_state, quantise
 from altgrad_jax.precision.target import fp8_hardware, has_wgmma, on_cpu

@@ -1,11 +1,15 @@
 """A run killed at random moments and started again each time, against one never killed: equal to the bit?
 
     python benchmarks/resume.py [--kills=20] [--devices=1|8] [--seed=0] [--out=docs/results/resume_1.json]
+    source launch/xla_flags.sh auto deterministic && python benchmarks/resume.py --here --config=configs/hybrid.py:quick
 
 Half of the kills (SIGKILL) wait for a checkpoint that is being written, some come while the program is still starting,
 restoring or loading its compiled steps, the others at any moment of a step. Equal means: the same SHA-256 of the final
 parameters, and the same losses, gradient norms and validation losses in metrics.jsonl, at the same steps; and every
 session began at the newest checkpoint of the time. Exit status 1 otherwise. About six seconds a kill on two cores.
+
+It runs on virtual CPU devices; with --here on what JAX takes by itself, a GPU if there is one, and with XLA_FLAGS as
+they are. On a GPU equal bits need the flags of launch/xla_flags.sh's mode `deterministic`.
 """
 
 import argparse
@@ -47,18 +51,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
+    parser.add_argument("--here", action="store_true", help="on JAX's own devices rather than virtual ones")
+    parser.add_argument("--config", default="configs/bf16.py:quick")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", help="JSON file to write")
     arguments = parser.parse_args()
+    if arguments.here and arguments.devices != 1:
+        parser.error("--devices is the number of virtual CPU devices, and --here uses none")
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), arguments.devices, STEPS_PER_KILL * (arguments.kills + 1))
+        devices = None if arguments.here else arguments.devices
+        runs = Runs(Path(folder), arguments.config, devices, STEPS_PER_KILL * (arguments.kills + 1))
         whole, start_seconds = runs.never_killed()
         killed, kills = runs.killed(arguments.kills, start_seconds, random.Random(arguments.seed))
         expected = [kill["resumed_from"] for kill in kills] + [kills[-1]["newest_checkpoint"] if kills else 0]
         results = compare(whole, killed, expected) | {
             "steps": runs.steps,
             "save_every": SAVE_EVERY,
-            "virtual_devices": arguments.devices,
+            "config": arguments.config,
+            "virtual_devices": devices,
             "seed": arguments.seed,
             "kills": kills,
             "kills_during_a_save": sum(kill["save_in_progress"] for kill in kills),
@@ -72,9 +82,9 @@ def main() -> int:
 class Runs:
     """The same run in two work directories."""
 
-    def __init__(self, folder: Path, devices: int, steps: int):
+    def __init__(self, folder: Path, config: str, devices: int | None, steps: int):
         self.steps = steps
-        self._folder, self._devices = folder, devices
+        self._folder, self._config, self._devices = folder, config, devices
 
     def start(self, workdir: Path) -> subprocess.Popen:
         """Starts or resumes the run in a process of its own."""
@@ -83,9 +93,11 @@ class Runs:
             "data.data_dir": self._folder / "data",
             "runtime.compilation_cache": self._folder / "compiled",
         }
-        command = [sys.executable, "-m", "altgrad_jax.main", "--config=configs/bf16.py:quick", f"--workdir={workdir}"]
+        command = [sys.executable, "-m", "altgrad_jax.main", f"--config={self._config}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in settings.items()]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={self._devices}", "JAX_PLATFORMS": "cpu"}
+        flags = {}
+        if self._devices is not None:
+            flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={self._devices}", "JAX_PLATFORMS": "cpu"}
         with open(self._folder / "log.txt", "a") as log:
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | flags, stdout=log, stderr=log)
 

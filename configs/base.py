@@ -41,7 +41,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.eval_every = 100
     config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation
     config.train.loss_scale = "1"  # factor on the gradients while they are rounded: a number, or "dynamic"
-    config.train.remat = "none"  # none | block: recompute a block's activations backward, which saves their memory
+    # none | block: recompute a block's activations backward, which saves their memory and, on a GPU, costs a forward pass
+    config.train.remat = "none"
     config.train.loss_chunk = 0  # tokens whose logits exist at once, per device; 0: 256 on a CPU, else 4096
 
     config.optimizer = ConfigDict()
@@ -72,6 +73,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.precision.rules = ()  # ((pattern of layer paths, recipe), ...): the first match decides
     config.precision.backend = "auto"  # auto | native | emulated
     config.precision.kernel = "xla"  # xla | pallas: what multiplies natively two operands of one FP8 type; docs/gpu.md
+    # pallas: a table of tiles that benchmarks/tune_kernel.py has measured; none: by the products' sizes
+    config.precision.kernel_tiles = config_dict.placeholder(str)
     config.precision.strict = False  # refuse to run where a quantised layer is not multiplied in 8 bits
 
     config.diagnostics = ConfigDict()

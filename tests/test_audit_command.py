@@ -49,12 +49,21 @@ def test_the_audited_program_is_the_one_that_runs(lab):
         jax.monitoring.clear_event_listeners()
 
 
-def test_it_is_in_the_manifest(lab, finished, tmp_path):
-    plain = json.loads((finished / "manifest.json").read_text())["audit"]
+def test_it_is_in_the_manifest(lab, finished, tmp_path, capsys):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert "kernel_tiles" not in manifest
+    plain = manifest["audit"]
     assert (plain["fp8_asked"], plain["fp8_got"], plain["not_found"]) == (0, 0, [])
     assert any(line.startswith("blocks.*.mlp.down dw: asked bfloat16 x bfloat16") for line in plain["products"])
-    assert lab.train(tmp_path / "run", train__steps=1, precision__rules=(("blocks.*", "hybrid"),)) == 0
-    hybrid = json.loads((tmp_path / "run" / "manifest.json").read_text())["audit"]
+    tiles = tmp_path / "tiles.json"
+    tiles.write_text('{"results": {"gpu": "NVIDIA H100", "products": []}}')
+    changes = {"precision__kernel": "pallas", "precision__kernel_tiles": str(tiles)}
+    assert lab.train(tmp_path / "run", train__steps=1, precision__rules=(("blocks.*", "hybrid"),), **changes) == 0
+    assert f"kernel tiles: {tiles} is not used" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    table = {"file": str(tiles), "gpu": "NVIDIA H100"}
+    assert manifest["kernel_tiles"] == {"table": table, "measured": {}, "by_size": {}}
+    hybrid = manifest["audit"]
     assert (hybrid["fp8_asked"], hybrid["fp8_got"], hybrid["fp8_share"]) == (12, 0, 0.0)
     assert hybrid["multiply_adds"] == plain["multiply_adds"]
 

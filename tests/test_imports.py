@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # into the lowest line that serves it.
 LAYERS = (
     ("__init__", "errors", "allocator", "interrupt", "meter"),
-    ("precision",),
+    ("precision", "recomputation"),
     ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
     ("weights", "flops"),
     ("state",),

@@ -6,9 +6,10 @@ import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from altgrad_jax import machine
+from altgrad_jax import machine, profiling
 from altgrad_jax.errors import UserError
 from altgrad_jax.flops import model_flops_per_token, peak_flops, peak_of
 from altgrad_jax.model import GPTConfig
@@ -111,6 +112,31 @@ def test_a_session_too_short_to_be_traced_says_so(lab, tmp_path, caplog):
     assert lab.train(tmp_path / "run", profile=True, train__steps=5) == 0
     assert "config.profile: nothing was traced, for the session ended before its step 6" in caplog.text
     assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_the_trace_is_of_steps_6_to_10(monkeypatch, tmp_path):
+    trace, step, events = profiling.StepTrace(tmp_path), 0, []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: events.append(("start", step, folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append(("stop", step)))
+    written = []
+    for step in range(1, 13):
+        trace.before()
+        if trace.after(jnp.zeros(())):
+            written.append(step)
+    assert events == [("start", 6, str(tmp_path)), ("stop", 10)] and written == [10]
+
+
+def test_a_trace_that_the_session_s_end_cuts_short_is_written(monkeypatch, tmp_path):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    trace = profiling.StepTrace(tmp_path)
+    for _ in range(7):
+        trace.before()
+        assert not trace.after(None)
+    trace.close()
+    trace.close()
+    assert events == ["start", "stop"]
 
 
 def test_a_plugin_that_does_not_start_is_said_in_a_line(monkeypatch, caplog):

@@ -50,6 +50,20 @@ def test_bfloat16_forward_is_near_the_reference(bias, tied):
     assert 1e-3 < error < 0.03
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_float32_attention_asks_for_float32(compute):
+    """At the default precision GPUs multiply float32 as TF32; on a CPU no result shows it."""
+    config = dataclasses.replace(TINY, compute_dtype=compute)
+    graphdef = model_structure(config)
+    total = lambda p: nnx.merge(graphdef, p, copy=True)(TOKENS).sum()  # noqa: E731
+    program = jax.jit(jax.value_and_grad(total)).lower(jax.eval_shape(lambda: init_params(config, 0))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    highest = sum("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    # In every block 4 dense layers and 2 products of attention, and the output layer: each forward and twice backward.
+    assert len(products) == 3 * (6 * config.n_layer + 1)
+    assert highest == (len(products) if compute == "float32" else 0)
+
+
 def test_dtypes():
     config = dataclasses.replace(TINY, compute_dtype="bfloat16", bias=True, tie_embeddings=False)
     shapes = jax.eval_shape(lambda: init_params(config, 0))

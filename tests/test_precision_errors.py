@@ -47,6 +47,14 @@ BY_FLAG: dict[str, tuple[list[str], list[str]]] = {
         ["--config.precision.rules=(('lm_head', 'mxfp8'),)", "--config.precision.backend=native"],
         ["precision.backend=native: lm_head cannot run as 'mxfp8'", "use auto or emulated"],
     ),
+    "tiles of nothing": (
+        ["--config.precision.kernel_tiles=tiles.json"],
+        ["config.precision.kernel_tiles is read only with config.precision.kernel=pallas, not 'xla'"],
+    ),
+    "no tiles": (
+        ["--config.precision.kernel=pallas", "--config.precision.kernel_tiles=none.json"],
+        ["config.precision.kernel_tiles: none.json cannot be read as JSON: ", "No such file"],
+    ),
     "unknown backend": (["--config.precision.backend=nativ"], ["precision.backend='nativ'", "auto, native, emulated"]),
     "every -1 steps": (["--config.diagnostics.shadow_every=-1"], ["config.diagnostics.shadow_every=-1", "0 or more"]),
     "several at once": (

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_jax.precision.kernels.tiles import TileTable
 from altgrad_jax.precision.recipes import Recipe, RoleRecipe
 from altgrad_jax.precision.rounding import straight_through
 from altgrad_jax.precision.scaling import Operand, RoleState, quantise
@@ -39,7 +40,7 @@ def _dot(
     contract_b: int,
     out_dtype: jnp.dtype = F32,
     precision: lax.Precision | None = None,
-    kernel: bool = False,
+    kernel: TileTable | None = None,
 ) -> Array:
     """Two matrices, one contracted axis each, summed in float32.
 
@@ -52,13 +53,15 @@ def _dot(
         XLA's CPU kernels are slow at it, so there the result is rounded afterwards.
       precision: of the sums; by default XLA's, but float32 operands are multiplied in float32, where GPUs would take
         TF32, with 10 mantissa bits.
-      kernel: by our own kernel, if both are of one type; `policy` sees to it that it is one that the kernel takes.
+      kernel: by our own kernel in these tiles, if both are of one type; `policy` sees to it that it is one that the
+        kernel takes. None: by XLA.
     """
-    if kernel and a.dtype == b.dtype:
+    if kernel is not None and a.dtype == b.dtype:
         # Imported here: Pallas takes a quarter of a second, and is not on every platform.
-        from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul
+        from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul, product_of
 
-        return fp8_matmul(a if contract_a else a.T, b if contract_b else b.T)
+        a_MK, b_NK = a if contract_a else a.T, b if contract_b else b.T
+        return fp8_matmul(a_MK, b_NK, kernel.tiles(product_of(a_MK, b_NK)))
     if a.dtype == F32:
         precision = lax.Precision.HIGHEST
     asked = F32 if on_cpu() else out_dtype
@@ -114,7 +117,9 @@ def _transposed_copy(x_NI: Array) -> Array:
 _transposed_copy.defjvp(lambda x, tangent: (_transposed_copy(*x), tangent[0].T))
 
 
-def _weight_grad(x_NI: Array, g_NO: Array, precision: lax.Precision | None = None, kernel: bool = False) -> Array:
+def _weight_grad(
+    x_NI: Array, g_NO: Array, precision: lax.Precision | None = None, kernel: TileTable | None = None
+) -> Array:
     """x^T g in float32.
 
     XLA's CPU kernels multiply 16-bit operands only when the left one is contracted over its last axis, and otherwise
@@ -191,7 +196,8 @@ class Prepared:
       shape: of its weight, (I, O); natively multiplied operands may be padded.
       recipe: how the operands are quantised.
       native: operands in the formats' own dtypes.
-      kernel: products of two operands of one type by `kernels.fp8_matmul`, not by an engine of XLA's.
+      kernel: products of two operands of one type by `kernels.fp8_matmul` in these tiles, not by an engine of XLA's;
+        None: by XLA's.
       axis_name: axis over which current amaxes are combined, or None.
       collect: whether to gather all statistics, or only amax.
     """
@@ -206,7 +212,7 @@ class Prepared:
     shape: tuple[int, int] = field(metadata={"static": True})
     recipe: Recipe = field(metadata={"static": True})
     native: bool = field(metadata={"static": True})
-    kernel: bool = field(metadata={"static": True})
+    kernel: TileTable | None = field(metadata={"static": True})
     axis_name: str | None = field(metadata={"static": True})
     collect: bool = field(metadata={"static": True})
 

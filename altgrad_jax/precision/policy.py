@@ -17,6 +17,7 @@ from jax import lax
 
 from altgrad_jax.precision.dot import Prepared, Probe, operand_pair
 from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.kernels.tiles import BY_SIZE, TileTable
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
 from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
 from altgrad_jax.precision.statistics import RoleStats, over_devices
@@ -66,11 +67,13 @@ class Policy:
       plans: of the quantised layers, in the model's order.
       shapes: of every layer, quantised or not.
       traced: whether formats are carried in the state, so that one compiled program serves all.
+      tiles: how `kernels.fp8_matmul` cuts the products that are left to it.
     """
 
     plans: tuple[LayerPlan, ...] = ()
     shapes: tuple[tuple[str, tuple[int, int]], ...] = ()
     traced: bool = False
+    tiles: TileTable = BY_SIZE
 
     def init(self) -> dict[str, LayerState]:
         """The state before the first step: layer -> role -> RoleState; empty without quantised layers."""
@@ -151,7 +154,7 @@ class Policy:
                 shape=plan.shape,
                 recipe=plan.recipe,
                 native=plan.native,
-                kernel=plan.kernel,
+                kernel=self.tiles if plan.kernel else None,
                 axis_name=axis_name,
                 collect=collect,
             )
@@ -234,6 +237,7 @@ def resolve(
     strict: bool = False,
     traced: bool = False,
     kernel: str = "xla",
+    tiles: TileTable = BY_SIZE,
 ) -> Policy:
     """Applies the rules to a model's layers.
 
@@ -245,6 +249,7 @@ def resolve(
       strict: refuse a plan that this machine cannot multiply in 8 bits.
       traced: keep the formats in the state; such layers are emulated.
       kernel: what multiplies natively: "xla", its engines, or "pallas", our kernel where both operands have one type.
+      tiles: how that kernel cuts its products.
 
     Raises:
       ValueError: a bad pattern or recipe, a rule that decides no layer, or one that `backend` or `strict` refuses.
@@ -265,7 +270,7 @@ def resolve(
             taken = any(parsed[i][0].fullmatch(path) for path in shapes)
             how = "matches only layers that earlier rules have decided" if taken else "matches no layer"
             raise ValueError(f"precision rule {i + 1} ({pattern!r}, {text!r}) {how}; the layers are {_names(shapes)}")
-    policy = Policy(tuple(plans), tuple(shapes.items()), traced)
+    policy = Policy(tuple(plans), tuple(shapes.items()), traced, tiles)
     # What XLA may do is found by auditing what it did.
     if strict and (refused := [p for p in plans if p.why not in ("", MAY_CONVERT) and p.path not in TABLES]):
         raise ValueError(

@@ -7,12 +7,16 @@ import os
 import stat
 import subprocess
 import sys
+from argparse import Namespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.model import GPTConfig
+from altgrad_jax.model import GPTConfig, layer_shapes
+from altgrad_jax.precision.kernels.tiles import Product, Tiles, load_tiles
+from altgrad_jax.precision.policy import resolve
 from tests.forks import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -107,6 +111,35 @@ def test_peers(run):
     for name, package in (("torch.compile, bf16", "torch"), ("flax.linen, qwix fp8", "qwix")):
         if importlib.util.find_spec(package) is None:
             assert_skipped(results["peers"][name], "not installed", package)
+
+
+@pytest.mark.slow
+def test_layer_scan_of_quantised_layers(module):
+    """One block in a loop over stacked parameters and scaling states: the same losses as the network's."""
+    scan = module("layer_scan")
+    arguments = Namespace(heads=2, width=16, window=8, vocabulary=32, batch=2, attention="auto")
+    config = scan.config_of(2, arguments, "float32")
+    policy = resolve([(r"blocks\..*|lm_head", "e4m3 x=float32 w=float32")], layer_shapes(config))
+    losses = []
+    for form in scan.FORM.values():
+        step, initial = form(config, policy)
+        losses.append(scan.Run(jax.jit(step), initial(), jnp.asarray(scan.tokens_of(arguments))).losses())
+    assert scan.largest_difference(losses) < 1e-6 and losses[0][0] > losses[0][-1]
+
+
+@pytest.mark.slow
+def test_layer_scan(run):
+    results = run("layer_scan.py", "--tiny", "--recipes", "bf16")
+    assert results["largest_relative_difference_in_float32"] < 1e-6
+    entries = results["2 layers"]["bf16"]
+    for remat in ("none", "block"):
+        for form in ("unrolled", "scanned"):
+            entry = entries[f"{form}, remat={remat}"]
+            assert all(entry[what] > 0 for what in ("compile_seconds", "instructions", "temp_bytes"))
+            assert entry["seconds_per_step"] > 0
+        ratio = entries[f"scanned over unrolled, remat={remat}"]["temp_bytes"]
+        scanned, unrolled = (entries[f"{form}, remat={remat}"]["temp_bytes"] for form in ("scanned", "unrolled"))
+        assert ratio == round(scanned / unrolled, 3)
 
 
 @pytest.mark.slow
@@ -238,6 +271,29 @@ def test_throughput(module):
         assert bool(rules) == (recipe != "bf16")
 
 
+def test_a_table_of_tiles(module, tmp_path):
+    """What tuning found is a row that training reads; the rule's tiles, 64x64x128x4, took twice as long."""
+    tune, product = module("tune_kernel"), Product("e5m2", 128, 256, 128)
+    times = {
+        "64x64x128x4": {"milliseconds": 0.5},
+        "64x64x128x6": {"milliseconds": 0.25},
+        "64x256x128x2": {"failed": "x"},
+    }
+    row = tune.row_of(product, {"tiles": times, "best_tiles": "64x64x128x6"})
+    assert (row["milliseconds"], row["speed_over_rule"]) == (0.25, 2.0)
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"results": {"gpu": "NVIDIA H100", "products": [row]}}))
+    assert load_tiles(str(file)).find(product) == Tiles(64, 64, 128, 6)
+    without_rule = {name: times[name] for name in ("64x64x128x6", "64x256x128x2")}
+    assert tune.row_of(product, {"tiles": without_rule, "best_tiles": "64x64x128x6"})["speed_over_rule"] is None
+
+
+@pytest.mark.slow
+def test_no_tiles_without_the_kernel_s_instructions(run, tmp_path):
+    results = run("tune_kernel.py", f"--config={ROOT / 'configs' / 'e5m2.py'}")
+    assert results["gpu"] == "cpu" and results["products"] == [] and "compute capability 9.0" in results["skipped"]
+
+
 def test_workers_that_die(module, tmp_path):
     """What they said before is kept, and the reason is given."""
     common = module("common")
@@ -265,14 +321,19 @@ def test_everything_in_one_command(tmp_path):
     python, out = tmp_path / "python", tmp_path / "results"
     python.write_text(
         "#!/usr/bin/env bash\n"
-        f'printf "%s|" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n'
+        f'printf "%s|" "$@" >> {tmp_path}/calls; echo "${{XLA_FLAGS:-}}" >> {tmp_path}/calls\n'
         '[[ "$*" == *gemm_large* ]] && exit 7\n'
         'for a; do [[ $a == --out=* ]] && [[ $a != *audit_bf16* ]] && echo "{}" > "${a#--out=}"; done\n'
         '[[ "$*" == *audit_e5m2* || "$*" == *audit_bf16* ]] && exit 1\nexit 0\n'
     )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/usr/bin/env bash\necho "NVIDIA H100 80GB HBM3"\n')
+    for file in (python, smi):
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
     command = [str(BENCHMARKS / "gpu.sh"), str(out)]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHON": str(python), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     steps = {step["step"]: step for step in json.loads((out / "steps.json").read_text())}
     assert done.returncode == 1
     assert steps["gemm_large"]["status"] == 7 and steps["check"]["status"] == 0 and steps["audit_e5m2"]["status"] == 1
@@ -280,8 +341,11 @@ def test_everything_in_one_command(tmp_path):
     assert "audit_e5m2:" not in done.stderr, "it wrote what it found"
     assert "audit_bf16: exit status 1" in done.stderr, "it wrote nothing"
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == len(steps) == 15
+    assert len(calls) == len(steps) == 20
     assert any("benchmarks/gpu_step.py|" in call and "|e5m2, Pallas kernel|" in call for call in calls)
-    late = subprocess.run(command, env=os.environ | {"PYTHON": str(python), "MINUTES": "0"}, capture_output=True)
+    # The two that are to be deterministic have the flags, if there is a GPU, and no other has.
+    flagged = [call for call in calls if call.endswith("--xla_gpu_deterministic_ops=true")]
+    assert [("resume.py" in call, "gpu_step.py" in call) for call in flagged] == [(True, False), (False, True)]
+    late = subprocess.run(command, env=environment | {"MINUTES": "0"}, capture_output=True)
     assert late.returncode == 1
     assert {step["status"] for step in json.loads((out / "steps.json").read_text())} == {124}

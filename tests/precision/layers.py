@@ -52,7 +52,7 @@ def prepare(
     forward, backward, _ = operand_pair(w, recipe.weight, by_role["weight"], (0, 1), native, keys[1], None, collect)
     operands = forward, backward, by_role["activation"], by_role["gradient"], keys[0], keys[2]
     named = {"path": "layer", "shape": w.shape, "recipe": recipe}
-    return Prepared(*operands, **named, native=native, kernel=False, axis_name=axis_name, collect=collect)
+    return Prepared(*operands, **named, native=native, kernel=None, axis_name=axis_name, collect=collect)
 
 
 def run(x, w, bias, g, text: str, by_role=None, out_dtype=F32, **options) -> Results:

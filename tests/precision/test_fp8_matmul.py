@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # exported nowhere as of jax 0.10
 
-from altgrad_jax.precision.kernels.fp8_matmul import (
-    CANDIDATES,
-    MULTIPLE,
-    SHARED_BYTES,
-    Tiles,
-    choose_tiles,
-    fp8_matmul,
-    reference,
-)
+from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul, reference
+from altgrad_jax.precision.kernels.tiles import CANDIDATES, MULTIPLE, SHARED_BYTES, Tiles, choose_tiles
 from altgrad_jax.precision.policy import resolve
 
 SMALL = Tiles(64, 64, 128, 2)
@@ -107,7 +100,8 @@ COMPILE = """
 import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 jax.config.update("jax_platforms", "cpu")
-from altgrad_jax.precision.kernels.fp8_matmul import CANDIDATES, fp8_matmul
+from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul
+from altgrad_jax.precision.kernels.tiles import CANDIDATES
 from altgrad_jax.precision.target import absent_gpu
 device = absent_gpu("h100")
 dtype, there = jnp.dtype("float8_{}"), SingleDeviceSharding(device)

@@ -10,7 +10,6 @@ Shape letters: M, N rows of the operands, K the contraction, which is the last a
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,65 +19,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from altgrad_jax.precision.kernels.tiles import COMPUTE_WARPGROUPS, MULTIPLE, Product, Tiles, choose_tiles
+
 Array = jax.Array
 DTYPES = (jnp.float8_e5m2, jnp.float8_e4m3fn)
-COMPUTE_WARPGROUPS = 2
-SHARED_BYTES = 227 * 1024  # that one block may use on compute capability 9.0
 SWIZZLE = 128  # bytes: the widest pattern in which wgmma reads shared memory without bank conflicts
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the product is cut up.
-
-    Attributes:
-      m: rows of a compute warpgroup's part of the tile, a multiple of 64; the tile has twice as many.
-      n: columns of the tile, a multiple of 8, at most 256.
-      k: length of a slice of the contraction, a multiple of 128.
-      stages: slices in shared memory at a time.
-    """
-
-    m: int
-    n: int
-    k: int
-    stages: int
-
-    def shared_bytes(self) -> int:
-        """Shared memory that a block needs: the slices, and the float32 result on its way out."""
-        rows = COMPUTE_WARPGROUPS * self.m
-        return self.stages * self.k * (rows + self.n) + 4 * rows * self.n
-
-    def divide(self, m: int, n: int, k: int) -> bool:
-        """Whether a product of this size is whole tiles."""
-        return m % (COMPUTE_WARPGROUPS * self.m) == 0 and n % self.n == 0 and k % self.k == 0
-
-
-# From large to small: a large tile reads its operands less often, a small one leaves no multiprocessor idle.
-CANDIDATES: tuple[Tiles, ...] = (
-    Tiles(64, 256, 128, 2),
-    Tiles(64, 128, 128, 4),
-    Tiles(64, 128, 128, 5),
-    Tiles(64, 64, 128, 4),
-    Tiles(64, 64, 128, 6),
-)
-MULTIPLE = 128  # operands are padded to this along every axis, so that one of the candidates fits
-MULTIPROCESSORS = 132  # of an H100 or H200
-
-
-def choose_tiles(m: int, n: int, k: int) -> Tiles:
-    """The largest candidate that divides the product and still gives every multiprocessor a tile; else the smallest."""
-    fitting = [tiles for tiles in CANDIDATES if tiles.divide(m, n, k)]
-    if not fitting:
-        raise ValueError(f"no tiles divide a product of {m} x {n} x {k}: every axis must be a multiple of {MULTIPLE}")
-    for tiles in fitting:
-        if (m // (COMPUTE_WARPGROUPS * tiles.m)) * (n // tiles.n) >= MULTIPROCESSORS:
-            return tiles
-    return min(fitting, key=lambda tiles: tiles.m * tiles.n)
 
 
 def padded(x_RK: Array) -> Array:
     """With zeros up to a multiple of `MULTIPLE` along both axes."""
     return lax.pad(x_RK, np.zeros((), x_RK.dtype), [(0, -size % MULTIPLE, 0) for size in x_RK.shape])
+
+
+def product_of(a_MK: Array, b_NK: Array) -> Product:
+    """The product as a table of tiles names it: the operands' type, and their sizes once they are padded."""
+    whole = (size + -size % MULTIPLE for size in (a_MK.shape[0], b_NK.shape[0], a_MK.shape[1]))
+    return Product(a_MK.dtype.name.removeprefix("float8_"), *whole)
 
 
 def reference(a_MK: Array, b_NK: Array) -> Array:
