@@ -96,7 +96,8 @@ def _formats8(matrix: ConfigDict) -> None:
     matrix.recipes = (BF16, *_on_grid(*FORMATS8))
     matrix.optimizers = OPTIMIZERS
     matrix.exclude = (NO_GRID,)
-    matrix.search.update(factors=(0.125, 0.25, 0.5, 1.0, 2.0, 4.0), recipes=("e4m3", "e5m2"), seeds=(41, 42))
+    matrix.search.update(factors=(0.125, 0.25, 0.5, 1.0, 2.0, 4.0), recipes=("e4m3", "e5m2"))
+    matrix.search.seeds = (41, 42)
 
 
 def _formats16(matrix: ConfigDict) -> None:
