@@ -10,6 +10,7 @@ import pytest
 
 from altgrad_jax import experiment
 from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.diagnose import name_answers, name_update
 from altgrad_jax.sweep.lanes import Lanes
 from altgrad_jax.sweep.matrix import conditions
 from tests.runs import Lab
@@ -96,3 +97,27 @@ def test_lanes_on_two_devices_with_several_steps_in_a_dispatch(lab):
     exps = experiments(lab, base, recipes=(("bf16", "bf16"),), optimizers=("adamw",), exclude=())
     together = losses_together(exps)
     np.testing.assert_allclose(together[1], losses_alone(exps[1]), rtol=1e-6)
+
+
+@pytest.mark.exhaustive
+def test_what_is_asked_of_a_lane_is_answered_as_of_its_run(lab):
+    exps = experiments(lab, recipes=FORMATS[:2], optimizers=("relative",), seeds=(1,), exclude=())
+    programs, questions = Lanes(exps), frozenset({"quant", "shadow", "gradients", "spectra"})
+    lanes, batches = programs.fresh(), [next(exp.batches.from_step(0)) for exp in exps]
+    values = programs.diagnose(lanes, programs.shard(batches), questions)
+    before = programs.keep(lanes)
+    lanes, _ = programs.run_train(lanes, programs.shard(batches))
+    updates = programs.measure_update(before, lanes)
+    for i, exp in enumerate(exps):
+        params = exp.abstract_params()
+        answers = name_answers(programs.policies[i], params, jax.tree.map(lambda x, i=i: x[i], values))
+        answers |= name_update(params, jax.tree.map(lambda x, i=i: x[i], updates))
+        state, batch = exp.fresh_state(), exp.shard(batches[i])
+        expected, kept = exp.diagnose(state, batch, questions), exp.keep(state)
+        state, _ = exp.run_train(state, batch)
+        expected |= exp.measure_update(kept, state)
+        # Which codes occur is not counted where the format is a traced value.
+        numbers = {k: v for k, v in expected.items() if isinstance(v, float) and not k.endswith("codes_used")}
+        assert len(numbers) > 100
+        for name, value in numbers.items():
+            np.testing.assert_allclose(answers[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
