@@ -13,6 +13,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from altgrad_jax.data.examples import LONG_DOCUMENTS
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.loss_scale import parse_loss_scale
@@ -26,6 +27,8 @@ from altgrad_jax.stability import stability_violations
 from altgrad_jax.weights import STORAGES
 
 CHOICES = {
+    "task": ("lm", "classify"),
+    "classify.long_documents": LONG_DOCUMENTS,
     "model.attention": ("auto", "xla", "cudnn"),
     "data.name": ("auto", "eurlex", "eurlex-local", "eurlex57k", "lexglue", "embedded", "files"),
     "data.tokenizer": ("auto", "bpe", "bytes", "gpt2"),
@@ -69,6 +72,7 @@ NOT_NEGATIVE = (
     ),
     *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices", "parallel.host"),
     *("optimizer.max_stiffness", "optimizer.rung_clip", "optimizer.update_clip", "optimizer.max_scale"),
+    *("classify.min_documents", "classify.max_windows", "classify.positive_weight"),
     *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall", "runtime.peak_tflops"),
 )
 DIAGNOSTIC_INTERVALS = ("diagnostics.quant_every", "diagnostics.shadow_every")
@@ -174,9 +178,12 @@ def _violations(config: ConfigDict) -> Iterator[str]:
     yield from optimizer_violations(config)
     yield from stability_violations(config)
     try:
-        parse_questions(config.diagnostics.questions)
+        questions = parse_questions(config.diagnostics.questions)
     except UsageError as e:
         yield str(e)
+    else:
+        if config.task == "classify" and questions.get("sensitivity"):
+            yield "the question 'sensitivity' is of next tokens, leave it out with config.task=classify"
     yield from _cross_field_violations(config)
     yield from _dispatch_violations(config)
 

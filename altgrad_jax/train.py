@@ -6,7 +6,6 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 """
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -35,6 +34,7 @@ from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
 from altgrad_jax.state import TrainState, tree_sha256
+from altgrad_jax.task import HEAD
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
 from altgrad_jax.workdir import Workdir
 
@@ -72,7 +72,8 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         check_device()
         primary = is_primary()
         check_devices(config, jax.local_device_count(), jax.process_count())
-        make_policy(config)  # a mistake in the rules shows before any corpus is prepared
+        # A mistake in the rules shows before any corpus is prepared, which says how many labels there are.
+        make_policy(config, labels=1 if config.task == "classify" else 0)
         if primary:
             require_login(config.tracking)
         workdir = Workdir(workdir_path, lock=primary)
@@ -81,7 +82,7 @@ def train(config: ConfigDict, workdir_path: str) -> int:
         exp = experiment.build(config, open_corpus(config))
         checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
         cleanup.callback(checkpoints.close)
-        run_identity = provenance.identity(config, exp.cache) | exp.policy.identity()
+        run_identity = provenance.identity(config, exp.cache) | exp.policy.identity() | exp.task.identity()
         start = _start(exp, checkpoints, run_identity)
 
         console = make_console(quiet=not primary)
@@ -138,7 +139,6 @@ class Loop:
         self._began, self._earlier_seconds = time.monotonic() - compile_seconds, start.seconds
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
         self._fallback = make_fallback(exp.config.stability)
-        self._floor = exp.cache.entropy_floor(exp.eval_split)
         self._trace = trace or StepTrace(None)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
 
@@ -158,7 +158,7 @@ class Loop:
     def _run(self, stop: GracefulStop) -> str:
         config, exp = self.exp.config, self.exp
         if self.step == 0 and not self._skipped_batches:
-            self._emit({"step": 0, **self._evaluate()})
+            self._emit({"step": 0, **exp.evaluation.validate(self.state)})
         batches = exp.batches.from_step(self.step + self._skipped_batches)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
@@ -192,7 +192,9 @@ class Loop:
             previous = None
             with self._meter.paused():
                 if evaluates:
-                    record |= self._evaluate()
+                    record |= exp.evaluation.validate(self.state)
+                if last:
+                    record |= exp.evaluation.conclude(self.state)
                 if self._log(*passed, record):
                     return "diverged"
                 if self._fallback:
@@ -270,14 +272,6 @@ class Loop:
             operations = speed["train/tokens_per_second"] * model_flops_per_token(self.exp.model)
             speed["train/mfu"] = operations / (self.exp.peak_flops * self.exp.parallel.device_count)
         return speed
-
-    def _evaluate(self) -> Record:
-        """The validation loss of the current parameters."""
-        loss = self.exp.evaluate(self.state)
-        record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
-        if self._floor is not None:
-            record["val/loss_above_floor"] = loss - self._floor
-        return record
 
     def _log(self, *records: Record) -> bool:
         """Sends out those records that are due; returns whether the run has diverged, at the first that says so."""
@@ -359,7 +353,9 @@ def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_
     source = exp.config.checkpoint.restore_from
     if not source:
         return Start(exp.fresh_state(), 0, 0.0, f"new weights from seed {exp.config.seed}")
-    params, step, where = checkpoint.read_params(source, exp.abstract_params())
+    # A classifier may begin with the trunk of a language model: its own output layer is then drawn.
+    like, optional = exp.abstract_params(), (HEAD,) if exp.task.labels else ()
+    params, step, where = checkpoint.read_params(source, like, optional)
     return Start(exp.fresh_state(params), 0, 0.0, f"the weights of step {step} in {where.parent}")
 
 

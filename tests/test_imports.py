@@ -17,15 +17,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "allocator", "interrupt", "meter"),
+    ("__init__", "errors", "allocator", "interrupt", "meter", "multilabel"),
     ("precision",),
     ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
-    ("weights", "flops"),
+    ("weights", "flops", "objectives"),
     ("state",),
     ("diagnostics",),
-    ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
-    ("diagnose", "parallel", "checkpoint", "provenance", "cli"),
-    ("program", "formats"),
+    ("step", "data", "tracking", "console", "integrity", "workdir"),
+    ("task", "config", "diagnose", "parallel", "checkpoint", "provenance", "cli"),
+    ("program", "evaluation", "formats"),
     ("experiment",),
     ("run_record",),
     ("train", "sample", "audit", "report", "data.__main__"),

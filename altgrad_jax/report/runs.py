@@ -15,6 +15,10 @@ from altgrad_jax.tracking import Record, read_metrics
 
 # What must be equal for the losses of two runs to be compared: the data, the model's task, and how long it was learned.
 MUST_AGREE = (
+    "task",
+    "classify.labels_sha256",
+    "classify.long_documents",
+    "classify.max_windows",
     "data.sha256",
     "model.n_layer",
     "model.n_embd",
