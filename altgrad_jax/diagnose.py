@@ -67,8 +67,14 @@ def make_diagnose_step(
             values |= backward_pass(state, params, tokens_ABT1, keys, asked)
         if "curvature" in asked:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), LANCZOS_STREAM)
-            few = {"tokens_BT1": few_BT1, "chunk": loss_chunk, "dropout_key": None, "objective": objective}
-            loss = partial(window_loss, shadow_graphdef, **few)
+            loss = partial(
+                window_loss,
+                shadow_graphdef,
+                tokens_BT1=few_BT1,
+                chunk=loss_chunk,
+                dropout_key=None,
+                objective=objective,
+            )
             with jax.default_matmul_precision("float32"):  # not TF32, which GPUs take for it
                 values["curvature"] = curvature.largest_eigenvalues(loss, params, key, lanczos_steps, axis_name=AXIS)
         if "sensitivity" in asked:

@@ -96,13 +96,10 @@ class Classification(Task):
         }
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each split: documents, those longer than what is read of them, those without a label, examples, labels."""
-        found = {}
-        for split in self.label_set.labels.cache.splits:
-            examples, targets = (
-                Examples(self.label_set.labels.cache, split, self.cutting),
-                self.label_set.targets(split),
-            )
+        """For each split: documents, those longer than what is read, those without a label, examples, labels."""
+        found, cache = {}, self.label_set.labels.cache
+        for split in cache.splits:
+            examples, targets = Examples(cache, split, self.cutting), self.label_set.targets(split)
             found[split] = {
                 "documents": len(targets),
                 "cut": examples.cut_documents,
@@ -170,7 +167,7 @@ def make_task(config: ConfigDict, cache: TokenCache) -> Task:
             f" {', '.join(cache.splits)}; add one"
         )
     label_set = choose_labels(open_labels(cache), settings.min_documents)
-    weight = (float(settings.positive_weight),)
+    weight: tuple[float, ...] = (float(settings.positive_weight),)
     if not settings.positive_weight:
         # As many positives as negatives by weight, up to a bound: a label of few documents would else drown the rest.
         weight = tuple(float(w) for w in np.clip(np.exp(-label_set.log_odds()), 1.0, MOST_BALANCED))

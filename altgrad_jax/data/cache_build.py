@@ -146,13 +146,13 @@ def _write_cache(
         tokenizer = make_tokenizer(kind, vocab_size, (), gpt2_path)
     if tokenizer.vocab_size < vocab_size:
         _say(f"the corpus gives a vocabulary of {tokenizer.vocab_size}, less than the {vocab_size} asked for", progress)
-    splits, labels = [], {}
+    splits, labels = [], dict[str, list[tuple[str, ...]]]()
     for split in source.splits():
-        labels[split] = of_documents = []
+        labels[split] = []
         total = documents_in_train if split == "train" else None
         with progress_bar(f"tokenizing {split}", total=total, unit="documents", show=progress) as advance:
             nats = float(source.nats(split)) if isinstance(source, KnownEntropy) else None
-            splits.append(_write_split(folder, source, split, tokenizer, nats, advance, of_documents))
+            splits.append(_write_split(folder, source, split, tokenizer, nats, advance, labels[split]))
     fingerprint = source.fingerprint()
     if cache_key(fingerprint, kind, vocab_size) != key:
         raise UserError(f"the corpus {source.name!r} changed while it was being read; run the command again")
