@@ -13,7 +13,6 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from altgrad_jax.data.examples import LONG_DOCUMENTS
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.loss_scale import parse_loss_scale
@@ -28,7 +27,7 @@ from altgrad_jax.weights import STORAGES
 
 CHOICES = {
     "task": ("lm", "classify"),
-    "classify.long_documents": LONG_DOCUMENTS,
+    "classify.long_documents": ("cut", "split"),
     "model.attention": ("auto", "xla", "cudnn"),
     "data.name": ("auto", "eurlex", "eurlex-local", "eurlex57k", "lexglue", "embedded", "files"),
     "data.tokenizer": ("auto", "bpe", "bytes", "gpt2"),

@@ -23,8 +23,8 @@ LAYERS = (
     ("weights", "flops", "objectives"),
     ("state",),
     ("diagnostics",),
-    ("step", "data", "tracking", "console", "integrity", "workdir"),
-    ("task", "config", "diagnose", "parallel", "checkpoint", "provenance", "cli"),
+    ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
+    ("task", "diagnose", "parallel", "checkpoint", "provenance", "cli"),
     ("program", "evaluation", "formats"),
     ("experiment",),
     ("run_record",),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "tokenizers", "tiktoken", "wandb", "torch")
+HEAVY = ("tensorflow", "tensorflow_datasets", "tokenizers", "tiktoken", "wandb", "torch", "sklearn")
 # Imported by a function of eurlex.py, when a corpus is prepared.
 BUILDS_DATASETS = PACKAGE / "data" / "eurlex_builder.py"
 

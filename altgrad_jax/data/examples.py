@@ -22,8 +22,6 @@ import numpy.typing as npt
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.data.label_set import LabelSet
 
-LONG_DOCUMENTS = ("cut", "split")
-
 
 @dataclass(frozen=True)
 class Cutting:
@@ -31,7 +29,7 @@ class Cutting:
 
     Attributes:
       block_size: most tokens of an example.
-      long_documents: one of LONG_DOCUMENTS.
+      long_documents: "cut" or "split".
       max_windows: most examples of a document that is split; 0: as many as it has.
     """
 
