@@ -19,6 +19,8 @@ def get_config(recipe: str = ""):
     name = recipe.removesuffix("quick").removesuffix(",")
     config = load_sibling(__file__, "base").get_config("quick" if recipe.endswith("quick") else "")
     config.task = "classify"
+    if recipe.endswith("quick"):
+        config.train.update(steps=600, eval_every=100)
     if name:
         config.precision.rules = ((r"blocks\..*|classifier", name),)
     plain = recipe.replace(" ", "-").replace(",", "-")
