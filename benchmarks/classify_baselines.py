@@ -10,6 +10,7 @@ as for the network, the threshold is the one of the best micro F1 there. The pri
 """
 
 import argparse
+import ast
 import json
 import time
 import warnings
@@ -54,8 +55,8 @@ def configured(file: str, changes: list[str]) -> ConfigDict:
 
 def _typed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
         return text
 
 
