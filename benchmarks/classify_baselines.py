@@ -70,10 +70,8 @@ def baselines(config: ConfigDict) -> dict[str, Any]:
     prior = {split: np.broadcast_to(task.label_set.log_odds(), y.shape) for split, y in targets.items()}
     results: dict[str, Any] = {"data": {"sha256": cache.sha256, "labels": task.labels, "splits": task.counts()}}
     results["label prior"] = judged(targets, prior)
-    for name, tokens in (
-        ("whole documents", None),
-        (f"first {config.model.block_size} tokens", task.cutting.block_size),
-    ):
+    block = config.model.block_size
+    for name, tokens in (("whole documents", None), (f"first {block} tokens", block)):
         texts = {split: documents(cache, split, tokens) for split in splits}
         results[f"TF-IDF + SVM, {name}"] = svm(texts, targets)
     return results

@@ -56,7 +56,7 @@ class Examples:
     def __init__(self, cache: TokenCache, split: str, cutting: Cutting):
         self._tokens, self.cutting = cache.tokens(split), cutting
         starts = cache.document_starts(split)
-        self.documents = len(starts)
+        self.documents, self._starts = len(starts), starts
         ends = np.append(starts[1:], len(self._tokens)) - 1  # where each one's end-of-text is
         self._end = int(self._tokens[ends[0]])
         # End-of-text is no part of a document, but stands for one without any text.
@@ -70,6 +70,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.document)
+
+    def token_range(self, index: int) -> tuple[int, int]:
+        """First and one past the last token of an example, counted within its document."""
+        first = int(self._first[index] - self._starts[self.document[index]])
+        return first, first + int(self._length[index])
 
     def rows(self, indices: Sequence[int] | npt.NDArray, targets: npt.NDArray[np.bool_] | None = None) -> npt.NDArray:
         """Rows of several examples, [len(indices), T + 1], with `targets` of all documents [..., T + 1 + labels]."""
@@ -127,11 +132,20 @@ class ExampleBatches:
 
         return map(batch, itertools.count(step))
 
+    def examples_of(self, step: int) -> list[int]:
+        """Indices of the examples of a step, over all hosts."""
+        order = self._order(len(self.examples))
+        return [int(order[i]) for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
     def documents_of(self, step: int) -> list[str]:
-        """Id of the document of each example of a step, over all hosts."""
+        """Id of the document of each example of a step."""
         examples, ids = self.examples, self.cache.document_ids("train")
-        order = self._order(len(examples))
-        return [ids[examples.document[order[i]]] for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        return [ids[examples.document[i]] for i in self.examples_of(step)]
+
+    def tokens_of(self, step: int) -> list[tuple[int, int]]:
+        """First and one past the last token of each example of a step, counted within its document."""
+        examples = self.examples
+        return [examples.token_range(i) for i in self.examples_of(step)]
 
     def epoch_of(self, step: int) -> float:
         """Passes over the examples begun before a step, with its fraction."""
