@@ -27,8 +27,8 @@ class Evaluation(Protocol):
         """Named scalars of the validation split, `val/loss` among them; waits for them."""
         ...
 
-    def conclude(self, state: TrainState) -> Record:
-        """What is said of the final state beside that."""
+    def conclude(self, state: TrainState, validated: Record) -> Record:
+        """What is said of the final state beside that; `validated` is what `validate` said of it."""
         ...
 
 
@@ -52,9 +52,9 @@ class LanguageEvaluation:
         record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
         return record if self.floor is None else record | {"val/loss_above_floor": loss - self.floor}
 
-    def conclude(self, state: TrainState) -> Record:
+    def conclude(self, state: TrainState, validated: Record) -> Record:
         """Nothing."""
-        del state
+        del state, validated
         return {}
 
 
@@ -101,12 +101,15 @@ class LabelEvaluation:
         found = measures(self.validation.targets, logits, threshold)
         return {f"val/{name}": value for name, value in found.items()} | {"val/threshold": threshold}
 
-    def conclude(self, state: TrainState) -> Record:
+    def conclude(self, state: TrainState, validated: Record) -> Record:
         """The same of the test split, as `test/<measure>`, at the threshold of the validation split."""
-        threshold = self.validate(state).get("val/threshold")
+        threshold = validated.get("val/threshold")
         if self.test is None or threshold is None:
             return {}
-        found = measures(self.test.targets, self.logits(state, self.test), threshold)
+        logits = self.logits(state, self.test)
+        if not np.isfinite(logits).all():
+            return {"test/loss": math.nan}
+        found = measures(self.test.targets, logits, threshold)
         return {f"test/{name}": value for name, value in found.items()} | {"test/threshold": threshold}
 
 

@@ -194,7 +194,7 @@ class Loop:
                 if evaluates:
                     record |= exp.evaluation.validate(self.state)
                 if last:
-                    record |= exp.evaluation.conclude(self.state)
+                    record |= exp.evaluation.conclude(self.state, record)
                 if self._log(*passed, record):
                     return "diverged"
                 if self._fallback:

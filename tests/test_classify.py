@@ -312,7 +312,10 @@ def test_what_is_done_without_a_split(classify, tmp_path):
     cache = planted_cache(tmp_path / "cache", sizes=(("train", 60), ("validation", 20)))
     exp = experiment.build(classify.config(), cache)
     state = exp.fresh_state()
-    assert exp.evaluation.conclude(state) == {} and exp.evaluation.validate(state)["val/micro_f1"] > 0
+    validated = exp.evaluation.validate(state)
+    assert exp.evaluation.conclude(state, validated) == {} and validated["val/micro_f1"] > 0
+    spoilt = dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    assert [str(v) for v in exp.evaluation.validate(spoilt).items()] == ["('val/loss', nan)"]
     for sizes in (("train", 60), ("test", 20)), (("train", 60),):
         cache = planted_cache(tmp_path / "cache", sizes=sizes)
         with pytest.raises(UserError, match="picks its threshold on a validation split"):

@@ -8,6 +8,7 @@ import pytest
 
 from altgrad_jax.data.cache import open_cache
 from altgrad_jax.data.cache_build import build_cache
+from altgrad_jax.data.eurlex import prepare
 from altgrad_jax.data.examples import Cutting, ExampleBatches, Examples, evaluation_rows
 from altgrad_jax.data.label_set import choose_labels
 from altgrad_jax.data.labels import open_labels
@@ -162,3 +163,47 @@ def test_evaluation_sees_every_document(cache):
     rows = np.concatenate(evaluation_rows(examples, 16))
     assert len(rows) % 16 == 0
     np.testing.assert_array_equal(rows[: len(examples)], examples.rows(range(len(examples))))
+
+
+def lines(*records: dict) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+SPLITS = ("train", "dev", "test")
+NUMBERS = range(3)
+BODY = {"local": "text", "eurlex57k": "main_body"}
+CONCEPTS = {"local": "concepts", "eurlex57k": "eurovoc_concepts"}
+
+
+def acts(corpus: str, split: str) -> str:
+    """Three acts as one of the corpora has them: act i carries the labels "5" and i."""
+    if corpus == "lexglue":
+        return lines(*({"data_type": split, "text": f"Act {i}", "labels": ["5", f"{i}"]} for i in NUMBERS))
+    body, concepts = BODY[corpus], CONCEPTS[corpus]
+    return lines(
+        *({"celex_id": f"{split}{i}", "title": "Act", body: f"of law {i}", concepts: ["5", f"{i}"]} for i in NUMBERS)
+    )
+
+
+CORPORA = {
+    "local": {f"{split}.jsonl": acts("local", split) for split in SPLITS}
+    | {"concepts.json": json.dumps({"5": "price", "7": "no document's"})},
+    "eurlex57k": {f"{split}.jsonl": acts("eurlex57k", split) for split in SPLITS},
+    "lexglue": {"eurlex.jsonl": "".join(acts("lexglue", split) for split in SPLITS)},
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_every_eurlex_corpus_brings_its_labels(tmp_path, name):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file, text in CORPORA[name].items():
+        (source / file).write_text(text)
+    prepared = prepare(tmp_path / "data", source=source, progress=False)
+    assert prepared.name == f"eurlex-{name}"
+    labels = open_labels(build_cache(prepared, "bytes", 257, tmp_path / "cache", progress=False))
+    assert labels.header.labels == ("0", "1", "2", "5")
+    assert labels.header.names == ("", "", "", "price" if name == "local" else "")
+    for split in ("train", "validation", "test"):
+        np.testing.assert_array_equal(labels.pairs(split), [[0, 0], [0, 3], [1, 1], [1, 3], [2, 2], [2, 3]])
+    assert choose_labels(labels, 3).ids == ("5",)
