@@ -132,8 +132,8 @@ def test_model_flops_count_the_output_once_a_document():
 
 
 def test_curvature_is_that_of_the_labels(params):
-    """The Hessian's largest eigenvalue against the dense Hessian of a model of few parameters."""
-    few = {name: params[name] for name in ("classifier", "wpe")}
+    """The Hessian's largest eigenvalue against the dense Hessian of the output layer's parameters."""
+    few = {"classifier": params["classifier"]}
     of = lambda some: loss(params | some, rows(9))  # noqa: E731
     flat, back = ravel_pytree(few)
     dense = jax.jit(jax.hessian(lambda x: of(back(x))))(flat)
@@ -200,15 +200,14 @@ def test_training_begins_with_the_label_prior(classify, twenty):
 
 @pytest.mark.slow
 def test_every_question_is_answered(classify, tmp_path):
-    questions = {"diagnostics__questions": ("gradients:1", "weights:1", "spectra:1", "curvature:1")}
-    assert classify(tmp_path / "run", train__steps=2, diagnostics__shadow_every=1, **E5M2, **questions) == 0
+    questions = {"diagnostics__questions": ("gradients:1", "weights:1", "spectra:1")}
+    assert classify(tmp_path / "run", train__steps=1, diagnostics__shadow_every=1, **E5M2, **questions) == 0
     asked = {key: value for record in read_metrics(tmp_path / "run" / "metrics.jsonl") for key, value in record.items()}
     for key in (
         "quant/classifier/gradient/underflow",
         "quant/classifier/weight/overflow",
         "grads/classifier/cosine",
         "weights/classifier/stall",
-        "curvature/largest_eigenvalue",
     ):
         assert np.isfinite(asked[key]), key
     assert [key for key in asked if key.startswith("spectra/classifier")]
