@@ -24,6 +24,7 @@ from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu
 from altgrad_jax.program import build_program, make_policy
+from altgrad_jax.task import Task, task_of
 
 CONFIG = cli.define_config()
 GPU = flags.DEFINE_enum("gpu", None, list(GPU_TARGETS), "Compile for this GPU, which need not be here.")
@@ -49,8 +50,9 @@ def main() -> int:
     else:
         check_device()
         check_devices(config, jax.local_device_count(), jax.process_count())
-        text = _read(HLO.value) if HLO.value else build_program(config).compile_train().as_text() or ""
-        found = _audited(text, config)
+        task = task_of(config)
+        text = _read(HLO.value) if HLO.value else build_program(config, task=task).compile_train().as_text() or ""
+        found = _audited(text, config, task)
     for line in found.lines():
         print(line)
     if tiles := tiles_used(found, make_policy(config).tiles).line():
@@ -74,10 +76,11 @@ def compile_for(config, gpu: str, engine: str) -> tuple[str, Audit]:
         device = absent_gpu(gpu)
     except RuntimeError as e:
         raise UserError(str(e)) from e
+    task = task_of(config)
     with jax.default_device(device):
         options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": engine == "triton"}
         try:
-            text = build_program(config, [device]).compile_train(options).as_text() or ""
+            text = build_program(config, [device], task).compile_train(options).as_text() or ""
         except RuntimeError as e:
             if "cuDNN" not in str(e):
                 raise
@@ -85,12 +88,12 @@ def compile_for(config, gpu: str, engine: str) -> tuple[str, Audit]:
                 f"cuDNN's attention cannot be compiled here ({str(e).splitlines()[0]}): pip install nvidia-cudnn-cu13,"
                 " or compile XLA's own with --config.model.attention=xla"
             ) from e
-        return text, _audited(text, config)
+        return text, _audited(text, config, task)
 
 
-def _audited(text: str, config) -> Audit:
+def _audited(text: str, config, task: Task) -> Audit:
     try:
-        return audit(text, make_policy(config), config.precision.compute, config.train.steps_per_dispatch)
+        return audit(text, make_policy(config, task.labels), config.precision.compute, config.train.steps_per_dispatch)
     except ValueError as e:
         raise UserError(f"{HLO.value or 'the compiled step'}: {e}") from e
 

@@ -30,6 +30,7 @@ from altgrad_jax.errors import UserError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 ITEMS = ("state", "iterator", "manifest")
+OUTPUT_LAYERS = ("params.lm_head",)  # of a language model, beside the trunk
 
 
 @dataclass(frozen=True)
@@ -266,18 +267,23 @@ def refuse_differences(stored: dict[str, Any], current: dict[str, Any], where: P
         )
 
 
-def read_params(source: str, like: Any) -> tuple[Any, int, Path]:
-    """Weights of another run; `read_parts` for the parameters alone."""
-    parts, step, where = read_parts(source, {"params": like})
+def read_params(source: str, like: Any, optional: tuple[str, ...] = ()) -> tuple[Any, int, Path]:
+    """Weights of another run; `read_parts` for the parameters alone.
+
+    Where that run lacks one of the `optional` entries of `like`, it is left out, and what that run has in its place
+    (the output layer of another task) is not read.
+    """
+    parts, step, where = read_parts(source, {"params": like}, optional)
     return parts["params"], step, where
 
 
-def read_parts(source: str, like: dict[str, Any]) -> tuple[dict[str, Any], int, Path]:
+def read_parts(source: str, like: dict[str, Any], optional: tuple[str, ...] = ()) -> tuple[dict[str, Any], int, Path]:
     """Parts of another run's state: `source` is DIR or DIR@STEP, DIR a work directory or its `checkpoints` folder.
 
     Args:
       source: where to read.
       like: field of the TrainState -> its arrays as ShapeDtypeStructs with the shardings wanted.
+      optional: entries of fields that the run need not have.
 
     Returns:
       The same fields, the step they are from, and the checkpoint's folder.
@@ -298,18 +304,22 @@ def read_parts(source: str, like: dict[str, Any]) -> tuple[dict[str, Any], int, 
     step = int(step_text) if step_text else steps[-1]
     where = folder / str(step)
     try:
-        parts = _attempt(partial(_read_parts, folder, step, like))
+        parts = _attempt(partial(_read_parts, folder, step, like, optional))
     except _DamagedError as e:
         raise UserError(f"the checkpoint {where} is damaged: {e}; choose another with {name}@STEP") from e
     return jax.tree.map(lambda x: x, parts), step, where
 
 
-def _read_parts(folder: Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
+def _read_parts(folder: Path, step: int, like: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     manifest = read_manifest(folder, step)
     like = {name: tree for name, tree in like.items() if jax.tree.leaves(tree)}
     fields = tuple(f"{name}." for name in like)
-    wanted = integrity.describe(like)
     found = {n: d for n, d in manifest["leaves"].items() if n.startswith(fields)}
+    for name in optional:
+        if not any(n.startswith(f"params.{name}.") for n in found):
+            like["params"] = {key: tree for key, tree in like["params"].items() if key != name}
+            found = {n: d for n, d in found.items() if n not in OUTPUT_LAYERS}
+    wanted = integrity.describe(like)
     if wanted != found:
         different = _differences(found, wanted, most=4)
         raise UserError(f"the weights in {folder / str(step)} do not fit config.model: {different}")
@@ -318,7 +328,7 @@ def _read_parts(folder: Path, step: int, like: dict[str, Any]) -> dict[str, Any]
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         parts = reader.restore(folder / str(step) / "state", args=restore)
-    expected = {n: c for n, c in manifest["checksums"].items() if n.startswith(fields)}
+    expected = {n: c for n, c in manifest["checksums"].items() if n in wanted}
     if changed := integrity.changed_leaves(parts, expected):
         raise ValueError(f"{len(changed)} arrays do not match their checksums, {changed[0]} the first")
     return parts

@@ -26,6 +26,8 @@ from altgrad_jax.stability import stability_violations
 from altgrad_jax.weights import STORAGES
 
 CHOICES = {
+    "task": ("lm", "classify"),
+    "classify.long_documents": ("cut", "split"),
     "model.attention": ("auto", "xla", "cudnn"),
     "data.name": ("auto", "eurlex", "eurlex-local", "eurlex57k", "lexglue", "embedded", "files"),
     "data.tokenizer": ("auto", "bpe", "bytes", "gpt2"),
@@ -69,6 +71,7 @@ NOT_NEGATIVE = (
     ),
     *("optimizer.weight_decay", "optimizer.grad_clip", "parallel.devices", "parallel.host"),
     *("optimizer.max_stiffness", "optimizer.rung_clip", "optimizer.update_clip", "optimizer.max_scale"),
+    *("classify.min_documents", "classify.max_windows", "classify.positive_weight"),
     *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall", "runtime.peak_tflops"),
 )
 DIAGNOSTIC_INTERVALS = ("diagnostics.quant_every", "diagnostics.shadow_every")
@@ -174,9 +177,12 @@ def _violations(config: ConfigDict) -> Iterator[str]:
     yield from optimizer_violations(config)
     yield from stability_violations(config)
     try:
-        parse_questions(config.diagnostics.questions)
+        questions = parse_questions(config.diagnostics.questions)
     except UsageError as e:
         yield str(e)
+    else:
+        if config.task == "classify" and questions.get("sensitivity"):
+            yield "the question 'sensitivity' is of next tokens, leave it out with config.task=classify"
     yield from _cross_field_violations(config)
     yield from _dispatch_violations(config)
 

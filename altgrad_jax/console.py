@@ -13,6 +13,12 @@ from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, at most one line so often, evaluations apart
 PLAIN_WIDTH = 140
+# What an evaluation's line says beside the loss, where it is there.
+EVALUATION = (
+    ("val/perplexity", "perplexity", ",.2f"),
+    ("val/micro_f1", "micro F1", ".4f"),
+    ("val/macro_f1", "macro F1", ".4f"),
+)
 
 
 def make_console(quiet: bool = False) -> RichConsole:
@@ -84,9 +90,13 @@ class ConsoleSink:
             mark, self._best = "  best", loss
         floor = f"  above floor {record['val/loss_above_floor']:.4f}" if "val/loss_above_floor" in record else ""
         eta = self._eta(step) if self._bar is None else ""
-        perplexity = f"perplexity {record['val/perplexity']:,.2f}"
-        text = f"step {step:>6}/{self._total}  val loss {loss:.4f}  {perplexity}{floor}{mark}"
+        measures = "".join(f"  {name} {record[key]:{digits}}" for key, name, digits in EVALUATION if key in record)
+        text = f"step {step:>6}/{self._total}  val loss {loss:.4f}{measures}{floor}{mark}"
         self._line("  ".join(part for part in (text, now, eta) if part))
+        if "test/loss" in record:
+            found = {name.removeprefix("test/"): record[name] for name in record if name.startswith("test/")}
+            text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+            self._console.print(f"test  {text}", soft_wrap=True)
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()

@@ -17,6 +17,7 @@ from altgrad_jax.diagnostics import curvature, gradients, quantisation, sensitiv
 from altgrad_jax.diagnostics import weights as weight_updates
 from altgrad_jax.loss_scale import LossScale
 from altgrad_jax.model import layer_weights
+from altgrad_jax.objectives import NEXT_TOKEN, Objective
 from altgrad_jax.precision.policy import Policy
 from altgrad_jax.state import TrainState
 from altgrad_jax.step import AXIS, FLOAT32_WEIGHTS, step_keys, window_loss
@@ -40,6 +41,7 @@ def make_diagnose_step(
     windows: int = 0,
     tokens: int = 64,
     lanczos_steps: int = 6,
+    objective: Objective = NEXT_TOKEN,
 ) -> Callable[..., Values]:
     """Builds diagnose(state, tokens_ABT1, **questions) -> values, for the step about to be taken on this batch.
 
@@ -50,7 +52,7 @@ def make_diagnose_step(
                    same dropout
       gradients    `diagnostics.gradients.measure`, and the share of dead units
       curvature    `diagnostics.curvature`, of the float32 loss of the first `tokens` tokens of each device's batch
-      sensitivity  `diagnostics.sensitivity`, likewise
+      sensitivity  `diagnostics.sensitivity`, likewise; of language models alone
 
     With `windows` the device's first so many windows stand for its batch in the first three; 0: all of them.
     """
@@ -60,12 +62,19 @@ def make_diagnose_step(
         asked = {name for name, wanted in questions.items() if wanted}
         keys, params = step_keys(seed, state.step), unpack(state.params)
         values: Values = {}
-        few_BT1 = tokens_ABT1[0, :1, : tokens + 1]
+        few_BT1 = objective.shortened(tokens_ABT1[0, :1], tokens)
         if asked & {"quant", "shadow", "gradients"}:
             values |= backward_pass(state, params, tokens_ABT1, keys, asked)
         if "curvature" in asked:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), LANCZOS_STREAM)
-            loss = partial(window_loss, shadow_graphdef, tokens_BT1=few_BT1, chunk=loss_chunk, dropout_key=None)
+            loss = partial(
+                window_loss,
+                shadow_graphdef,
+                tokens_BT1=few_BT1,
+                chunk=loss_chunk,
+                dropout_key=None,
+                objective=objective,
+            )
             with jax.default_matmul_precision("float32"):  # not TF32, which GPUs take for it
                 values["curvature"] = curvature.largest_eigenvalues(loss, params, key, lanczos_steps, axis_name=AXIS)
         if "sensitivity" in asked:
@@ -84,7 +93,7 @@ def make_diagnose_step(
         measured_ABT1 = tokens_ABT1[:1, :windows] if windows else tokens_ABT1
         arguments = params, measured_ABT1, loss_chunk, keys.dropout
         held = tokens_ABT1.shape[0] * tokens_ABT1.shape[1]
-        _, grads, seen = step_gradients(graphdef, *arguments, prepared, probes, factor, held)
+        _, grads, seen = step_gradients(graphdef, *arguments, prepared, probes, factor, held, objective)
         values: Values = {}
         if quant:
             stats = policy.gather(weight_stats, seen, AXIS)
@@ -93,7 +102,7 @@ def make_diagnose_step(
             grads = lax.pmean(grads, AXIS)
         if "shadow" in asked:
             with jax.default_matmul_precision("highest"):
-                _, reference, _ = step_gradients(shadow_graphdef, *arguments, {}, {}, 1.0)
+                _, reference, _ = step_gradients(shadow_graphdef, *arguments, {}, {}, 1.0, None, objective)
             values["shadow"] = shadow.compare(grads, lax.pmean(reference, AXIS))
         if "gradients" in asked:
             grids = grid_tree(params, weights.policy_grids(params, state.quant))

@@ -3,7 +3,6 @@
 The training loop and the benchmarks start here, so what they run is the same program.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,15 +16,18 @@ from ml_collections import ConfigDict
 from altgrad_jax.config import check_devices
 from altgrad_jax.data.batches import TrainBatches, evaluation_batches, validation_split
 from altgrad_jax.data.cache import TokenCache
+from altgrad_jax.data.examples import ExampleBatches
 from altgrad_jax.diagnose import make_diagnose_step, make_update_measure, measure_spectra, name_answers, name_update
 from altgrad_jax.diagnostics.questions import parse_questions
+from altgrad_jax.evaluation import Evaluation, LanguageEvaluation, label_evaluation
 from altgrad_jax.flops import model_flops_per_token
 from altgrad_jax.model import attention_implementation
-from altgrad_jax.parallel import RunDiagnose, RunEval, RunUpdateMeasure
+from altgrad_jax.parallel import RunDiagnose, RunUpdateMeasure
 from altgrad_jax.program import Program, build_program
 from altgrad_jax.stability import Record
 from altgrad_jax.state import TrainState, model_structure
-from altgrad_jax.step import make_eval_step
+from altgrad_jax.step import make_eval_step, make_logits_step
+from altgrad_jax.task import Classification, make_task
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,16 @@ class Experiment(Program):
     Attributes:
       cache: the corpus as tokens.
       batches: training batches of this host, by step.
-      eval_batches: the fixed validation windows, on the devices.
-      eval_split: the split they are from.
-      run_eval: (state, sharded batch) -> mean nats per token.
+      evaluation: judges a state.
+      eval_split: the split it does so on.
       run_diagnose: (state, sharded batch, **questions) -> values, see `make_diagnose_step`.
       run_update_measure: (before, parameters after) -> values, see `make_update_measure`.
     """
 
     cache: TokenCache
-    batches: TrainBatches
-    eval_batches: list[jax.Array]
+    batches: TrainBatches | ExampleBatches
+    evaluation: Evaluation
     eval_split: str
-    run_eval: RunEval
     run_diagnose: RunDiagnose
     run_update_measure: RunUpdateMeasure
 
@@ -58,17 +58,6 @@ class Experiment(Program):
     def shard(self, batch: npt.NDArray[np.int32]) -> jax.Array:
         """Puts a training batch of this host on its devices, cut into microbatches."""
         return self.parallel.shard(batch, self.config.train.grad_accumulation)
-
-    def evaluate(self, state: TrainState) -> float:
-        """Mean loss over the validation windows, nats per token."""
-        return float(np.mean(jax.device_get([self.run_eval(state, batch) for batch in self.eval_batches])))
-
-    def loss_record(self, loss: float) -> Record:
-        """What is logged of a validation loss."""
-        record: Record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
-        if (floor := self.cache.entropy_floor(self.eval_split)) is not None:
-            record["val/loss_above_floor"] = loss - floor
-        return record
 
     def speed_record(self, tokens_per_second: float) -> Record:
         """What is logged of a speed: tokens a second, and the share of the devices' peak, where that is known."""
@@ -134,19 +123,15 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
       UserError: the batch does not divide over the devices, or the corpus is too small for it.
     """
     check_devices(config, jax.local_device_count(), jax.process_count())
-    program = build_program(config)
+    task = make_task(config, cache)
+    program = build_program(config, task=task)
     model, policy, parallel, chunk = program.model, program.policy, program.parallel, program.loss_chunk
-    batch_size, hosts = config.train.batch_size, jax.process_count()
-    split = validation_split(cache)
-    windows = evaluation_batches(cache, split, model.block_size, batch_size, config.train.eval_batches)
-    mine = slice(jax.process_index() * batch_size // hosts, (jax.process_index() + 1) * batch_size // hosts)
     return Experiment(
         **vars(program),
         cache=cache,
-        batches=TrainBatches(cache, model.block_size, batch_size, config.seed, jax.process_index(), hosts),
-        eval_batches=[parallel.shard(rows[mine]) for rows in windows],
-        eval_split=split,
-        run_eval=parallel.eval_step(make_eval_step(program.graphdef, loss_chunk=chunk, policy=policy)),
+        batches=task.batches(config, cache, jax.process_index(), jax.process_count()),
+        evaluation=_evaluation(program, cache),
+        eval_split=validation_split(cache),
         run_diagnose=parallel.diagnose_step(
             make_diagnose_step(
                 program.graphdef,
@@ -159,7 +144,22 @@ def build(config: ConfigDict, cache: TokenCache) -> Experiment:
                 windows=config.diagnostics.windows,
                 tokens=config.diagnostics.tokens,
                 lanczos_steps=config.diagnostics.lanczos_steps,
+                objective=task.objective,
             )
         ),
         run_update_measure=jax.jit(make_update_measure(program.weights)),
     )
+
+
+def _evaluation(program: Program, cache: TokenCache) -> Evaluation:
+    """How this program's states are judged."""
+    config, parallel, policy, graphdef = program.config, program.parallel, program.policy, program.graphdef
+    batch_size, hosts = config.train.batch_size, jax.process_count()
+    mine = slice(jax.process_index() * batch_size // hosts, (jax.process_index() + 1) * batch_size // hosts)
+    if isinstance(program.task, Classification):
+        run = parallel.eval_step(make_logits_step(graphdef, policy=policy))
+        return label_evaluation(program.task, run, parallel, batch_size, mine)
+    split = validation_split(cache)
+    windows = evaluation_batches(cache, split, config.model.block_size, batch_size, config.train.eval_batches)
+    run = parallel.eval_step(make_eval_step(graphdef, loss_chunk=program.loss_chunk, policy=policy))
+    return LanguageEvaluation(run, [parallel.shard(rows[mine]) for rows in windows], cache.entropy_floor(split))

@@ -31,7 +31,9 @@ PEAK_FLOPS = (
 def model_flops_per_token(model: GPTConfig) -> int:
     """Floating-point operations of training on one token, forward and backward."""
     width = model.n_embd
-    weights = model.n_layer * 12 * width * width + width * model.vocab_size
+    # A classifier's output layer multiplies one position of a block.
+    outputs = model.labels / model.block_size if model.labels else model.vocab_size
+    weights = model.n_layer * 12 * width * width + round(width * outputs)
     return 6 * weights + 12 * model.n_layer * width * model.block_size
 
 

@@ -32,7 +32,10 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The network's shape. Field names are the keys of `config.model`."""
+    """The network's shape. Field names are the keys of `config.model`, but for the last three.
+
+    With `labels` above 0 it is a classifier: hidden states go to so many outputs, and to no next token.
+    """
 
     n_layer: int
     n_head: int
@@ -45,6 +48,7 @@ class GPTConfig:
     attention: str = "auto"
     compute_dtype: str = "bfloat16"
     remat: str = "none"
+    labels: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -259,8 +263,18 @@ def _recomputed(block: Block) -> Callable[[Array, Array | None, Quantised], Arra
     return apply
 
 
+class Classifier(nnx.Module):
+    """The output layer of a classifier, x w + b; its weight is the layer `classifier` of precision rules."""
+
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        shape = config.n_embd, config.labels
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
+        # Whatever config.bias says of the other layers: how frequent each label is must be said somewhere.
+        self.bias = nnx.Param(jnp.zeros((config.labels,), jnp.float32))
+
+
 class GPT(nnx.Module):
-    """The language model: tokens to hidden states, and hidden states to logits."""
+    """The language model: tokens to hidden states, and hidden states to logits. Or a classifier on the same trunk."""
 
     def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
         self.config = config
@@ -269,7 +283,9 @@ class GPT(nnx.Module):
         self.wpe = nnx.Param(normal(config.block_size, config.n_embd))
         self.blocks = nnx.List([Block(f"blocks.{i}", config, rngs) for i in range(config.n_layer)])
         self.norm_f = _layer_norm(config, rngs)
-        self.lm_head = None if config.tie_embeddings else nnx.Param(normal(config.n_embd, config.vocab_size))
+        own_head = not (config.tie_embeddings or config.labels)
+        self.lm_head = nnx.Param(normal(config.n_embd, config.vocab_size)) if own_head else None
+        self.classifier = Classifier(config, rngs) if config.labels else None
 
     def head_weight_CV(self) -> Array:
         """The output weights, [C, V], float32: the transposed embedding when tied."""
@@ -302,12 +318,20 @@ class GPT(nnx.Module):
 
     def logits(self, hidden: Array, quantised: Quantised = UNQUANTISED) -> Array:
         """[..., C] -> [..., V] in float32."""
-        hidden_NC, w_CV = hidden.reshape(-1, hidden.shape[-1]), self.head_weight_CV()
-        if "lm_head" in quantised:
-            flat = quantised_matmul(hidden_NC, w_CV, None, *quantised["lm_head"], jnp.dtype(jnp.float32))
-        else:
-            flat = matmul(hidden_NC, w_CV, self.config.dtype, jnp.float32, "lm_head")
+        flat = self._output(hidden.reshape(-1, hidden.shape[-1]), self.head_weight_CV(), "lm_head", quantised)
         return flat.reshape(*hidden.shape[:-1], -1)
+
+    def label_logits(self, hidden_BC: Array, quantised: Quantised = UNQUANTISED) -> Array:
+        """A classifier's logits, [B, L] in float32."""
+        assert self.classifier is not None, "the model has no labels"
+        logits_BL = self._output(hidden_BC, self.classifier.kernel[...], "classifier", quantised)
+        return logits_BL + self.classifier.bias[...]
+
+    def _output(self, hidden_NC: Array, w_CO: Array, path: str, quantised: Quantised) -> Array:
+        """The output layer's product, [N, O] in float32."""
+        if path in quantised:
+            return quantised_matmul(hidden_NC, w_CO, None, *quantised[path], jnp.dtype(jnp.float32))
+        return matmul(hidden_NC, w_CO, self.config.dtype, jnp.float32, path)
 
     def __call__(self, tokens_BT: Array, quantised: Quantised = UNQUANTISED) -> Array:
         """Logits of every position, [B, T, V] in float32; for small inputs (training uses the chunked loss)."""
@@ -338,14 +362,17 @@ def layer_weights(params: Any) -> dict[str, Array]:
     for i, block in params["blocks"].items():
         for part, names in (("attn", ("qkv", "proj")), ("mlp", ("up", "down"))):
             weights |= {f"blocks.{i}.{part}.{name}": block[part][name]["kernel"] for name in names}
-    weights["lm_head"] = params["lm_head"] if "lm_head" in params else params["wte"].T
+    if "classifier" in params:
+        weights["classifier"] = params["classifier"]["kernel"]
+    else:
+        weights["lm_head"] = params["lm_head"] if "lm_head" in params else params["wte"].T
     return weights | {"wte": params["wte"], "wpe": params["wpe"]}
 
 
 def layer_of_parameter(name: str, tied: bool) -> str:
     """The path of the layer whose weight a parameter is, as precision rules name it; "" for one that is none's.
 
-    A tied table is named as the output layer, for whose product it is rounded.
+    A tied table is named as the output layer, for whose product it is rounded. A classifier's is not tied to anything.
     """
     if name in ("wte", "wpe", "lm_head"):
         return "lm_head" if name == "wte" and tied else name
@@ -374,7 +401,7 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
     return {"total": total, "without_embeddings": total - embeddings}
 
 
-def gpt_config(model: dict, compute_dtype: str, remat: str = "none") -> GPTConfig:
-    """Builds a `GPTConfig` from the `model` section of a configuration."""
-    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"compute_dtype", "remat"}
-    return GPTConfig(**{name: model[name] for name in names}, compute_dtype=compute_dtype, remat=remat)
+def gpt_config(model: dict, compute_dtype: str, remat: str = "none", labels: int = 0) -> GPTConfig:
+    """Builds a `GPTConfig` from the `model` section of a configuration; `labels` makes it a classifier."""
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"compute_dtype", "remat", "labels"}
+    return GPTConfig(**{name: model[name] for name in names}, compute_dtype=compute_dtype, remat=remat, labels=labels)

@@ -27,6 +27,7 @@ from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.precision.target import on_cpu
 from altgrad_jax.state import TrainState, init_params, init_state, model_structure
 from altgrad_jax.step import Counting, make_train_step, several
+from altgrad_jax.task import LANGUAGE, Task
 from altgrad_jax.weights import Weights
 
 WHAT_SAVES_MEMORY = (
@@ -40,6 +41,7 @@ class Program:
 
     Attributes:
       config: the configuration, validated.
+      task: what is learned.
       model: the network's shape.
       graphdef: its structure, for `nnx.merge`.
       policy: which layers are quantised, and how.
@@ -54,6 +56,7 @@ class Program:
     """
 
     config: ConfigDict
+    task: Task
     model: GPTConfig
     graphdef: Any
     policy: Policy
@@ -81,18 +84,23 @@ class Program:
         return self.parallel.abstract(jax.eval_shape(lambda: init_params(self.model, self.config.seed)))
 
     def _initial(self, params: Any) -> TrainState:
-        if params is None:
-            params = init_params(self.model, self.config.seed)
+        if params is None or params.keys() != self.abstract_params().keys():
+            # Of weights of another task, what this one needs beside them is drawn.
+            drawn = self.task.begin(init_params(self.model, self.config.seed))
+            params = drawn | (params or {})
         counters = self.counting.init(params)
         stored = self.weights.stored(params)
         return init_state(stored, self.optimizer, self.policy.init(), self.loss_scale.init(), counters)
 
     def abstract_batch(self) -> jax.ShapeDtypeStruct:
-        """Shape of a dispatch's batch as `shard` lays it out: [D, A, B, T + 1], or [D, K, A, B, T + 1] of K steps."""
+        """Shape of a dispatch's batch as `shard` lays it out: [D, A, B, W], or [D, K, A, B, W] of K steps.
+
+        W is the width of the objective's rows: T + 1 for windows of tokens.
+        """
         train, devices = self.config.train, len(self.parallel.devices)
         parts = devices * jax.process_count() * train.grad_accumulation
         steps = (train.steps_per_dispatch,) if train.steps_per_dispatch > 1 else ()
-        step = (train.grad_accumulation, train.batch_size // parts, self.model.block_size + 1)
+        step = (train.grad_accumulation, train.batch_size // parts, self.task.objective.width(self.model.block_size))
         return self.parallel.abstract_batch((devices, *steps, *step))
 
     def compile_train(self, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
@@ -103,8 +111,8 @@ class Program:
         return self.run_train.compile(self.abstract_state(), self.abstract_batch(), options=options)
 
 
-def make_policy(config: ConfigDict, traced: bool = False) -> Policy:
-    """The precision rules applied to the model's layers, on this machine.
+def make_policy(config: ConfigDict, labels: int = 0, traced: bool = False) -> Policy:
+    """The precision rules applied to the model's layers, on this machine; a classifier's if there are `labels`.
 
     Formats are in the state with `traced`, and where `config.stability.fallback` may change them.
 
@@ -113,7 +121,7 @@ def make_policy(config: ConfigDict, traced: bool = False) -> Policy:
         tiles is malformed.
     """
     precision = config.precision
-    shapes = layer_shapes(gpt_config(config.model, precision.compute))
+    shapes = layer_shapes(gpt_config(config.model, precision.compute, labels=labels))
     try:
         tiles = load_tiles(precision.kernel_tiles) if precision.kernel_tiles else BY_SIZE
     except ValueError as e:
@@ -132,16 +140,17 @@ def make_policy(config: ConfigDict, traced: bool = False) -> Policy:
         raise UsageError(f"config.precision: {e}") from e
 
 
-def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -> Program:
+def build_program(config: ConfigDict, devices: list[jax.Device] | None = None, task: Task = LANGUAGE) -> Program:
     """Assembles the program; nothing is compiled yet.
 
     Args:
       config: validated.
       devices: to compile for instead of this host's, which need not be there.
+      task: what is learned, see `make_task`.
     """
-    model = gpt_config(config.model, config.precision.compute, config.train.remat)
+    model = gpt_config(config.model, config.precision.compute, config.train.remat, task.labels)
     graphdef = model_structure(model)
-    policy, loss_scale = make_policy(config), parse_loss_scale(config.train.loss_scale)
+    policy, loss_scale = make_policy(config, task.labels), parse_loss_scale(config.train.loss_scale)
     weights = make_weights(config, policy)
     optimizer = make_optimizer(
         config.optimizer, config.train.steps, weights.formats, config.seed, config.stability.relative_clip
@@ -152,6 +161,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -
     chunk = config.train.loss_chunk or (256 if on_cpu() else 4096)
     return Program(
         config=config,
+        task=task,
         model=model,
         graphdef=graphdef,
         policy=policy,
@@ -174,6 +184,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device] | None = None) -
                     loss_scale=loss_scale,
                     weights=weights,
                     counting=counting,
+                    objective=task.objective,
                 ),
                 config.train.steps_per_dispatch,
             )
@@ -186,7 +197,7 @@ def make_weights(config: ConfigDict, policy: Policy) -> Weights:
     optimizer = config.optimizer
     return Weights(
         policy,
-        tied=config.model.tie_embeddings,
+        tied=config.model.tie_embeddings and config.task == "lm",
         storage=optimizer.weights,
         on_grid=optimizer.name in KEEP_TO_GRIDS,
         reads_grids=needs_formats(optimizer) or config.stability.relative_clip,

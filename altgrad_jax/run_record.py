@@ -80,6 +80,7 @@ def write_manifest(
         if isinstance(audited, str)
         else audited.summary() | {"products": audited.lines()[:-1]},
         **_kernel_tiles(exp, audited),
+        "task": exp.task.describe(),
         "parameters": parameter_counts(exp.model),
         "state_bytes": state_bytes(exp),
         "corpus": provenance.corpus(exp.cache, exp.eval_split),
@@ -106,6 +107,10 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
     validation = exp.cache.split_header(exp.eval_split)
     floor = exp.cache.entropy_floor(exp.eval_split)
     resolved, shape = exp.resolved(), config.model
+    row, entropy = "examples", {}
+    if not exp.task.labels:
+        row, known = "windows", "" if floor is None else f", floor {floor:.4f} (no model can expect less)"
+        entropy = {f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token{known}"}
     return {
         "work directory": str(workdir.path),
         "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
@@ -116,9 +121,9 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "corpus": f"{cache.source.name}: {cache.source.description}",
         "tokenizer": resolved["tokenizer"],
         "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in cache.splits),
-        f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token"
-        + ("" if floor is None else f", floor {floor:.4f} (no model can expect less)"),
-        "steps": f"{step} to {config.train.steps}, {config.train.batch_size} windows each, from {origin}",
+        **entropy,
+        **exp.task.lines(),
+        "steps": f"{step} to {config.train.steps}, {config.train.batch_size} {row} each, from {origin}",
         "peak": "not known (config.runtime.peak_tflops): train/mfu is not logged"
         if exp.peak_flops is None
         else f"{exp.peak_flops / 1e12:g} TFLOP/s a device in 16 bits, assumed for train/mfu",

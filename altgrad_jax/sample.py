@@ -117,6 +117,8 @@ def load_run(workdir: str, step: int | None) -> LoadedRun:
     if manifest is None:
         raise UserError(f"--workdir={workdir} holds no manifest.json; give a run's work directory")
     config = manifest["config"]
+    if config.get("task", "lm") != "lm":
+        raise UserError(f"{workdir} is a run of config.task={config['task']}: it has no next token to draw")
     precision = config["precision"]
     model = gpt_config(config["model"], precision["compute"])
     rules = [tuple(rule) for rule in precision.get("rules", ())]

@@ -1,7 +1,8 @@
 """The pure training and evaluation steps: no I/O, no lookups by string.
 
 A step sees one device's share of the batch, tokens_ABT1: A microbatches of B windows of T + 1 tokens, of which the
-first T are read and the last T predicted. The axis name "data" spans all devices of all hosts.
+first T are read and the last T predicted; or B rows of what another objective reads. The axis name "data" spans all
+devices of all hosts.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +18,8 @@ from jax import lax
 
 from altgrad_jax.diagnostics.gradients import init_counts, quiet_steps
 from altgrad_jax.loss_scale import LossScale, all_finite
-from altgrad_jax.losses import token_cross_entropy
 from altgrad_jax.model import UNQUANTISED, Quantised, layer_weights
+from altgrad_jax.objectives import NEXT_TOKEN, Objective, pooled_logits
 from altgrad_jax.precision.dot import Prepared, Probe
 from altgrad_jax.precision.policy import Policy
 from altgrad_jax.precision.statistics import over_parts
@@ -66,20 +67,12 @@ def window_loss(
     dropout_key: Array | None,
     quantised: Quantised = UNQUANTISED,
     loss_scale: Array | float = 1.0,
+    objective: Objective = NEXT_TOKEN,
 ) -> Array:
-    """Mean next-token cross entropy of a batch of windows, in nats, float32; its gradient times `loss_scale`."""
+    """Mean loss of a batch of rows, as `objective` reads them, in nats, float32; its gradient times `loss_scale`."""
     # copy=True: the merged Variables must belong to the trace of the function being differentiated.
     model = nnx.merge(graphdef, params, copy=True)
-    hidden_BTC = model.hidden(tokens_BT1[:, :-1], dropout_key, quantised)
-    return token_cross_entropy(
-        hidden_BTC.reshape(-1, hidden_BTC.shape[-1]),
-        model.head_weight_CV(),
-        tokens_BT1[:, 1:].reshape(-1),
-        model.config.dtype,
-        chunk,
-        quantised.get("lm_head"),
-        loss_scale,
-    )
+    return objective.loss(model, tokens_BT1, chunk, dropout_key, quantised, loss_scale)
 
 
 def make_train_step(
@@ -93,6 +86,7 @@ def make_train_step(
     loss_scale: LossScale = UNSCALED,
     weights: Weights = FLOAT32_WEIGHTS,
     counting: Counting = NO_COUNTING,
+    objective: Objective = NEXT_TOKEN,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds train_step(state, tokens_ABT1) -> (state, metrics), to be run under an axis named "data".
 
@@ -107,8 +101,9 @@ def make_train_step(
         keys = step_keys(seed, state.step)
         params, factor = unpack(state.params), loss_scale.factor(state.loss_scale)
         prepared, weight_stats = policy.prepare(layer_weights(params), state.quant, key=keys.rounding, axis_name=AXIS)
+        quantised = prepared, policy.probes(prepared)
         loss, grads, probes = gradients(
-            graphdef, params, tokens_ABT1, loss_chunk, keys.dropout, prepared, policy.probes(prepared), factor
+            graphdef, params, tokens_ABT1, loss_chunk, keys.dropout, *quantised, factor, objective=objective
         )
         loss, grads = lax.pmean((loss, grads), AXIS)
         grids = weights.grids(params, state.quant)
@@ -186,6 +181,7 @@ def gradients(
     probes: Mapping[str, Probe],
     loss_scale: Array | float,
     windows: int | None = None,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[Array, Any, dict[str, Probe]]:
     """Loss, gradients (unscaled) and statistics of this device's share, over its microbatches.
 
@@ -199,7 +195,7 @@ def gradients(
     def loss_and_grad(tokens_BT1, key, layers):
         def loss(params, probes):
             quantised = {path: (layer, probes.get(path)) for path, layer in layers.items()}
-            return window_loss(graphdef, params, tokens_BT1, loss_chunk, key, quantised, share)
+            return window_loss(graphdef, params, tokens_BT1, loss_chunk, key, quantised, share, objective)
 
         value, (grads, seen) = jax.value_and_grad(loss, argnums=(0, 1))(params, dict(probes))
         return (value, grads), seen
@@ -235,9 +231,29 @@ def make_eval_step(
 
     def eval_step(state: TrainState, tokens_BT1: Array) -> Array:
         params = unpack(state.params)
-        prepared, _ = policy.prepare(layer_weights(params), state.quant, axis_name=AXIS)
-        probes = policy.probes(prepared)
-        quantised = {path: (layer, probes.get(path)) for path, layer in prepared.items()}
+        quantised = _evaluated(policy, params, state)
         return lax.pmean(window_loss(graphdef, params, tokens_BT1, loss_chunk, None, quantised), AXIS)
 
     return eval_step
+
+
+def make_logits_step(graphdef: Any, *, policy: Policy = UNQUANTISED_POLICY) -> Callable[[TrainState, Array], Array]:
+    """Builds logits_step(state, inputs_BT1) -> a classifier's logits of all devices' rows, [rows, labels] float32.
+
+    The inputs are `objectives.LabelLoss`'s without the labels; weights and activations are quantised as in training.
+    """
+
+    def logits_step(state: TrainState, inputs_BT1: Array) -> Array:
+        params = unpack(state.params)
+        quantised = _evaluated(policy, params, state)
+        logits_BL = pooled_logits(nnx.merge(graphdef, params, copy=True), inputs_BT1, None, quantised)
+        return lax.all_gather(logits_BL, AXIS, tiled=True)
+
+    return logits_step
+
+
+def _evaluated(policy: Policy, params: Any, state: TrainState) -> Quantised:
+    """The quantised layers, as evaluation has them."""
+    prepared, _ = policy.prepare(layer_weights(params), state.quant, axis_name=AXIS)
+    probes = policy.probes(prepared)
+    return {path: (layer, probes.get(path)) for path, layer in prepared.items()}

@@ -35,6 +35,7 @@ from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
 from altgrad_jax.state import TrainState, tree_sha256
+from altgrad_jax.task import HEAD
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
 from altgrad_jax.workdir import Workdir
 
@@ -78,7 +79,8 @@ def train(
         check_device()
         primary = is_primary()
         check_devices(config, jax.local_device_count(), jax.process_count())
-        make_policy(config)  # a mistake in the rules shows before any corpus is prepared
+        # A mistake in the rules shows before any corpus is prepared, which says how many labels there are.
+        make_policy(config, labels=1 if config.task == "classify" else 0)
         if primary:
             require_login(config.tracking)
         workdir = Workdir(workdir_path, lock=primary)
@@ -87,7 +89,7 @@ def train(
         exp = experiment.build(config, open_corpus(config))
         checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
         cleanup.callback(checkpoints.close)
-        run_identity = provenance.identity(config, exp.cache) | exp.policy.identity()
+        run_identity = provenance.identity(config, exp.cache) | exp.policy.identity() | exp.task.identity()
         start = _start(exp, checkpoints, run_identity)
 
         console = make_console(quiet=not primary)
@@ -165,7 +167,7 @@ class Loop:
     def _run(self, stop: GracefulStop) -> str:
         config, exp = self.exp.config, self.exp
         if self.step == 0 and not self._skipped_batches:
-            self._emit({"step": 0, **self._evaluate()})
+            self._emit({"step": 0, **exp.evaluation.validate(self.state)})
         batches = exp.batches.from_step(self.step + self._skipped_batches)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
@@ -199,7 +201,9 @@ class Loop:
             previous = None
             with self._meter.paused():
                 if evaluates:
-                    record |= self._evaluate()
+                    record |= exp.evaluation.validate(self.state)
+                if last:
+                    record |= exp.evaluation.conclude(self.state, record)
                 if self._log(*passed, record):
                     return "diverged"
                 if self._fallback:
@@ -267,10 +271,6 @@ class Loop:
         ]
         records[0] |= answers
         return records
-
-    def _evaluate(self) -> Record:
-        """The validation loss of the current parameters."""
-        return self.exp.loss_record(self.exp.evaluate(self.state))
 
     def _log(self, *records: Record) -> bool:
         """Sends out those records that are due; returns whether the run has diverged, at the first that says so."""
@@ -352,7 +352,9 @@ def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_
     source = exp.config.checkpoint.restore_from
     if not source:
         return Start(exp.fresh_state(), 0, 0.0, f"new weights from seed {exp.config.seed}")
-    params, step, where = checkpoint.read_params(source, exp.abstract_params())
+    # A classifier may begin with the trunk of a language model: its own output layer is then drawn.
+    like, optional = exp.abstract_params(), (HEAD,) if exp.task.labels else ()
+    params, step, where = checkpoint.read_params(source, like, optional)
     return Start(exp.fresh_state(params), 0, 0.0, f"the weights of step {step} in {where.parent}")
 
 

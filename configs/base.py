@@ -11,6 +11,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """The defaults; `variant="quick"` is the same experiment small enough for a laptop CPU."""
     config = ConfigDict()
     config.seed = 42
+    config.task = "lm"  # lm (the next token) | classify (a document's labels); docs/classify.md
 
     config.model = ConfigDict()
     config.model.n_layer = 6
@@ -31,6 +32,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.data_dir = "~/.cache/altgrad_jax"  # prepared corpora and token caches
     config.data.tokenizer = "auto"  # auto (gpt2 if its file is here, else bpe) | bpe | bytes | gpt2
     config.data.vocab_size = 0  # entries the tokenizer may use; 0: as many as the model has
+
+    config.classify = ConfigDict()
+    config.classify.min_documents = 10  # labels of at least so many training documents; 0: the data set's own list
+    config.classify.long_documents = "cut"  # cut (to the first block_size tokens) | split (into windows)
+    config.classify.max_windows = 8  # split: most windows of a document, its first ones; 0: all
+    config.classify.positive_weight = 1.0  # of a label's presence in the loss; 0: balanced, at most 16
 
     config.train = ConfigDict()
     config.train.steps = 2000

@@ -125,6 +125,7 @@ def test_batches_that_do_not_divide():
 # The main job, with every read of a setting noted; checks of values and copies of the whole configuration left out.
 COUNT_READS = """
 import json, sys
+from pathlib import Path
 from types import SimpleNamespace
 from ml_collections import ConfigDict
 from altgrad_jax import main
@@ -132,6 +133,8 @@ from altgrad_jax.config import load_config
 from altgrad_jax.model import GPTConfig
 from altgrad_jax.optimizers.factory import OPTIONS, make_optimizer
 from altgrad_jax.stability import make_fallback
+from altgrad_jax.task import make_task
+from tests.planted import planted_cache
 
 file, workdir, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 config = load_config(file)
@@ -169,6 +172,8 @@ for config.optimizer.name in OPTIONS:  # each reads settings of its own
     make_optimizer(config.optimizer, 10)
 config.stability.fallback = True
 make_fallback(config.stability)
+config.task = "classify"
+make_task(config, planted_cache(Path(workdir)))
 print(json.dumps(sorted(leaves - read)))
 """
 

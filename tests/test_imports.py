@@ -17,15 +17,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "allocator", "interrupt", "meter"),
+    ("__init__", "errors", "allocator", "interrupt", "meter", "multilabel"),
     ("precision", "recomputation"),
     ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
-    ("weights", "flops"),
+    ("weights", "flops", "objectives"),
     ("state",),
     ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
-    ("diagnose", "parallel", "checkpoint", "provenance", "cli"),
-    ("program", "formats"),
+    ("task", "diagnose", "parallel", "checkpoint", "provenance", "cli"),
+    ("program", "evaluation", "formats"),
     ("experiment",),
     ("run_record",),
     ("train", "sample", "audit", "report", "data.__main__"),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "tokenizers", "tiktoken", "wandb", "torch")
+HEAVY = ("tensorflow", "tensorflow_datasets", "tokenizers", "tiktoken", "wandb", "torch", "sklearn")
 # Imported by a function of eurlex.py, when a corpus is prepared.
 BUILDS_DATASETS = PACKAGE / "data" / "eurlex_builder.py"
 

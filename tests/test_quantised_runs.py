@@ -159,7 +159,7 @@ def test_a_loaded_run_evaluates_as_it_did_in_training(lab, half):
     exp = experiment.build(config, open_corpus(config))
     assert set(run.quantised) == {plan.path for plan in exp.policy.plans}
     loss = jax.jit(lambda layers, tokens: window_loss(exp.graphdef, run.params, tokens, 256, None, layers))
-    found = np.mean([loss(run.quantised, batch[0]) for batch in exp.eval_batches])
+    found = np.mean([loss(run.quantised, batch[0]) for batch in exp.evaluation.batches])
     expected = read_metrics(half / "metrics.jsonl")[-1]["val/loss"]
     assert found == pytest.approx(expected, rel=1e-5)
     far = jnp.full((4,), 1e4)
@@ -167,7 +167,9 @@ def test_a_loaded_run_evaluates_as_it_did_in_training(lab, half):
         path: (dataclasses.replace(layer, activation=dataclasses.replace(layer.activation, history=far)), probe)
         for path, (layer, probe) in run.quantised.items()
     }
-    assert np.mean([loss(other_histories, batch[0]) for batch in exp.eval_batches]) != pytest.approx(expected, rel=1e-5)
+    assert np.mean([loss(other_histories, batch[0]) for batch in exp.evaluation.batches]) != pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.exhaustive

@@ -12,6 +12,7 @@ defaults are those of configs/base.py.
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -22,8 +23,10 @@ from altgrad_jax.data.batches import TrainBatches
 from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.data.corpus import EURLEX_CONFIGS, find_source, open_corpus
 from altgrad_jax.data.documents import Source
+from altgrad_jax.data.labels import open_labels
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.stability import batch_of
+from altgrad_jax.task import make_task
 from altgrad_jax.tracking import read_metrics
 from altgrad_jax.workdir import read_json
 
@@ -81,10 +84,22 @@ def show(console: Console) -> None:
         )
     console.print(table)
     console.print("unigram entropy and entropy floor in nats per token")
+    console.print(_labels(cache))
     source = find_source(NAME.value, DATA_DIR.value, PATH.value)
     if source is not None:
         _show_sample(console, source)
     console.print(f"token cache {cache.path}")
+
+
+def _labels(cache: TokenCache) -> str:
+    """How many labels there are to classify documents by."""
+    try:
+        labels = open_labels(cache)
+    except UserError as error:
+        return f"labels: none ({error})"
+    counts = np.bincount(labels.pairs("train")[:, 1], minlength=len(labels.header.labels))
+    enough = ", ".join(f"{(counts >= n).sum():,} of at least {n}" for n in (1, 10, 50))
+    return f"labels: {len(counts):,}; {enough} training documents (config.classify.min_documents)"
 
 
 def _show_sample(console: Console, source: Source) -> None:
@@ -103,14 +118,18 @@ def batch(console: Console) -> None:
     if manifest is None:
         raise UserError(f"{WORKDIR.value} holds no manifest.json; give a run's work directory")
     cache = _cache_of(manifest)
-    config = manifest["config"]
-    batches = TrainBatches(cache, config["model"]["block_size"], config["train"]["batch_size"], config["seed"])
-    table = Table("window", "tokens", "documents")
+    config = ConfigDict({"task": "lm"} | manifest["config"])
+    batches = make_task(config, cache).batches(config, cache)
     number = batch_of(read_metrics(Path(WORKDIR.value).expanduser() / "metrics.jsonl"), STEP.value)
-    pairs = zip(batches.windows_of(number), batches.documents_of(number), strict=True)
-    for window, documents in pairs:
-        start = window * batches.block_size
-        table.add_row(str(window), f"{start} to {start + batches.block_size}", " ".join(documents))
+    if isinstance(batches, TrainBatches):
+        table = Table("window", "tokens", "documents")
+        for window, documents in zip(batches.windows_of(number), batches.documents_of(number), strict=True):
+            start = window * batches.block_size
+            table.add_row(str(window), f"{start} to {start + batches.block_size}", " ".join(documents))
+    else:
+        table = Table("tokens of the document", "document")
+        for (first, last), document in zip(batches.tokens_of(number), batches.documents_of(number), strict=True):
+            table.add_row(f"{first} to {last}", document)
     console.print(f"step {STEP.value}, epoch {batches.epoch_of(number):.3f}, data {cache.sha256[:12]}")
     console.print(table)
 

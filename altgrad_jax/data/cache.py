@@ -7,6 +7,7 @@ A cache is a folder `<root>/<source>-<kind><vocabulary>-<key>` that is complete 
   <split>.bin         the token ids of all documents, each document followed by end-of-text
   <split>.starts.npy  where each document starts in it: int64, in tokens
   <split>.ids.txt     the documents' ids, one a line
+  labels.json         the documents' labels, see `labels`
 
 Reading one needs NumPy alone. `cache_build` writes them.
 """

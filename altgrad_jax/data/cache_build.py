@@ -31,6 +31,7 @@ from altgrad_jax.data.cache_header import (
 )
 from altgrad_jax.data.documents import Document, Source
 from altgrad_jax.data.hashed_files import HashedFile, move_into_place, remove_folder, unwritable, write_file
+from altgrad_jax.data.labels import write_labels
 from altgrad_jax.data.locks import exclusive
 from altgrad_jax.data.progress import progress_bar
 from altgrad_jax.data.tokenizer import Tokenizer, checked_utf8, make_tokenizer, resolve_tokenizer
@@ -38,6 +39,15 @@ from altgrad_jax.errors import UserError
 
 BATCH_CHARACTERS = 2**20  # text handed to `encode_batch` at once: enough to keep its threads busy, little to hold
 BATCH_DOCUMENTS = 1024
+
+
+@runtime_checkable
+class NamedLabels(Protocol):
+    """A source that knows what its labels are called, such as EUR-Lex."""
+
+    def concepts(self) -> dict[str, str]:
+        """Label -> its name."""
+        ...
 
 
 @runtime_checkable
@@ -136,12 +146,13 @@ def _write_cache(
         tokenizer = make_tokenizer(kind, vocab_size, (), gpt2_path)
     if tokenizer.vocab_size < vocab_size:
         _say(f"the corpus gives a vocabulary of {tokenizer.vocab_size}, less than the {vocab_size} asked for", progress)
-    splits = []
+    splits, labels = [], dict[str, list[tuple[str, ...]]]()
     for split in source.splits():
+        labels[split] = []
         total = documents_in_train if split == "train" else None
         with progress_bar(f"tokenizing {split}", total=total, unit="documents", show=progress) as advance:
             nats = float(source.nats(split)) if isinstance(source, KnownEntropy) else None
-            splits.append(_write_split(folder, source, split, tokenizer, nats, advance))
+            splits.append(_write_split(folder, source, split, tokenizer, nats, advance, labels[split]))
     fingerprint = source.fingerprint()
     if cache_key(fingerprint, kind, vocab_size) != key:
         raise UserError(f"the corpus {source.name!r} changed while it was being read; run the command again")
@@ -159,13 +170,21 @@ def _write_cache(
         ),
         dtype=token_dtype(tokenizer.vocab_size),
         splits=tuple(splits),
-    )
-    write_file(folder / "header.json", header.sealed().to_json().encode())
+    ).sealed()
+    write_labels(folder, header.sha256, labels, source.concepts() if isinstance(source, NamedLabels) else {})
+    write_file(folder / "header.json", header.to_json().encode())
 
 
 def _write_split(
-    folder: Path, source: Source, split: str, tokenizer: Tokenizer, nats: float | None, advance: Callable[[int], None]
+    folder: Path,
+    source: Source,
+    split: str,
+    tokenizer: Tokenizer,
+    nats: float | None,
+    advance: Callable[[int], None],
+    labels: list[tuple[str, ...]],
 ) -> SplitHeader:
+    """Writes a split's tokens and ids; the labels of its documents are appended to `labels`."""
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     end = np.array([tokenizer.end_of_text], np.uint32)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -180,6 +199,7 @@ def _write_split(
             flat = np.concatenate(pieces)
             counts += np.bincount(flat, minlength=tokenizer.vocab_size)
             token_file.write(flat.astype(dtype).tobytes())
+            labels += [document.labels for document in batch]
             id_file.write("".join(f"{escape_id(document.id)}\n" for document in batch).encode())
             advance(len(batch))
     if not starts:

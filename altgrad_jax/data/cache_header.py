@@ -106,8 +106,8 @@ class CacheHeader:
 
     def sealed(self) -> "CacheHeader":
         """The same header with both hashes set."""
-        hashed = dataclasses.replace(self, sha256=_hash(self._identity()), checksum="")
-        return dataclasses.replace(hashed, checksum=_hash(dataclasses.asdict(hashed)))
+        hashed = dataclasses.replace(self, sha256=hash_of(self._identity()), checksum="")
+        return dataclasses.replace(hashed, checksum=hash_of(dataclasses.asdict(hashed)))
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -125,7 +125,7 @@ class CacheHeader:
 
 def cache_key(source_fingerprint: str, tokenizer_kind: str, vocab_size: int) -> str:
     """Hex SHA-256 of what was asked for: which documents, in which tokens, in which layout."""
-    return _hash([FORMAT_VERSION, source_fingerprint, tokenizer_kind, vocab_size])
+    return hash_of([FORMAT_VERSION, source_fingerprint, tokenizer_kind, vocab_size])
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -146,7 +146,7 @@ def parse_header(text: bytes) -> CacheHeader:
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version != FORMAT_VERSION:
         raise ValueError(f"has format version {version}, and this version of altgrad_jax reads {FORMAT_VERSION}")
-    header = _parse(CacheHeader, fields, "the header")
+    header = parse_as(CacheHeader, fields, "the header")
     if header != header.sealed():
         raise ValueError("does not match its own checksum")
     _check(header)
@@ -173,26 +173,27 @@ def _check(header: CacheHeader) -> None:
         raise ValueError("has a malformed key")
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """Hex SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _parse(kind: type[Parsed], value: Any, where: str) -> Parsed:
+def parse_as(kind: type[Parsed], value: Any, where: str) -> Parsed:
     """Builds a tree of dataclasses from parsed JSON, every field present and of exactly its declared type."""
     built: Any
     if dataclasses.is_dataclass(kind):
         members = typing.get_type_hints(kind)
         if not isinstance(value, dict) or value.keys() != members.keys():
             raise ValueError(f"has not the fields of version {FORMAT_VERSION} in {where}")
-        built = kind(**{name: _parse(member, value[name], f"{where}.{name}") for name, member in members.items()})
+        built = kind(**{name: parse_as(member, value[name], f"{where}.{name}") for name, member in members.items()})
     elif typing.get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"has no list in {where}")
         member = typing.get_args(kind)[0]
-        built = tuple(_parse(member, item, f"{where}[{i}]") for i, item in enumerate(value))
+        built = tuple(parse_as(member, item, f"{where}[{i}]") for i, item in enumerate(value))
     elif isinstance(kind, types.UnionType):
         inner = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType)
-        built = None if value is None else _parse(inner, value, where)
+        built = None if value is None else parse_as(inner, value, where)
     else:
         if type(value) is not kind:
             raise ValueError(f"has no {kind.__name__} in {where}")

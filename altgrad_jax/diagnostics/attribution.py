@@ -160,7 +160,7 @@ def _lost(record: Mapping[str, Any], layer: str, cosine: float) -> bool:
 
 
 def _is_sensitive(layer: str) -> bool:
-    return layer in ("lm_head", "wte") or layer.endswith(".proj")
+    return layer in ("lm_head", "classifier", "wte") or layer.endswith(".proj")
 
 
 def _order(stage: str, layer: str, kind: str) -> tuple:
@@ -180,4 +180,4 @@ def _depth(layer: str) -> tuple[int, int]:
     if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal():
         places = [i for i, place in enumerate(IN_BLOCK) if parts[2] == place or parts[2].startswith(place + ".")]
         return int(parts[1]) + 1, places[0] if places else len(IN_BLOCK)
-    return 10**6, 1 if layer == "lm_head" else 0  # norm_f, or a layer of another network
+    return 10**6, 1 if layer.startswith(("lm_head", "classifier")) else 0  # norm_f, or a layer of another network

@@ -69,6 +69,8 @@ def number(value: float, digits: str) -> str:
 
 
 def _perplexity(row: Row) -> float:
+    if row.run.identity.get("task", "lm") != "lm":
+        return math.nan  # its loss is of decisions, not of tokens
     return math.exp(row.loss) if row.loss < 700 else row.loss
 
 

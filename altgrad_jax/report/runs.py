@@ -15,6 +15,10 @@ from altgrad_jax.tracking import Record
 
 # What must be equal for the losses of two runs to be compared: the data, the model's task, and how long it was learned.
 MUST_AGREE = (
+    "task",
+    "classify.labels_sha256",
+    "classify.long_documents",
+    "classify.max_windows",
     "data.sha256",
     "model.n_layer",
     "model.n_embd",
@@ -169,10 +173,11 @@ def read_runs(paths: Iterable[str]) -> list[Run]:
 
 def differences(run: Run, first: Run) -> list[str]:
     """Why the losses of two runs say nothing about each other: "model.n_embd: 128 -> 384"; empty if they do."""
+    before, now = ({"task": "lm"} | one.identity for one in (first, run))  # runs that learn tokens do not say so
     found = [
-        f"{key}: {_short(first.identity[key])} -> {_short(run.identity[key])}"
+        f"{key}: {_short(before[key])} -> {_short(now[key])}"
         for key in MUST_AGREE
-        if key in first.identity and key in run.identity and first.identity[key] != run.identity[key]
+        if key in before and key in now and before[key] != now[key]
     ]
     if not first.identity or not run.identity:
         found.append("what was run is not known")

@@ -29,7 +29,7 @@ from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.run_record import Progress, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, Record, event
 from altgrad_jax.state import tree_sha256
-from altgrad_jax.sweep.lanes import Lane, Lanes
+from altgrad_jax.sweep.lanes import Lane, Lanes, language
 from altgrad_jax.sweep.memory import free_bytes, needed_bytes
 from altgrad_jax.sweep.requests import Member, ended
 from altgrad_jax.tracking import MetricsFile
@@ -201,7 +201,7 @@ class _Group:
     def _evaluate(self) -> list[Record]:
         with self._meter.paused():
             losses = self._programs.evaluate(self.lanes)
-        return [place.exp.loss_record(float(loss)) for place, loss in zip(self._places, losses, strict=True)]
+        return [language(place.exp).record(float(loss)) for place, loss in zip(self._places, losses, strict=True)]
 
     def _log(
         self, step: int, metrics: Mapping[str, jax.Array], answers: list[Record], more: list[Record] | None = None

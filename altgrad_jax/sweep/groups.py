@@ -37,10 +37,12 @@ def groups(conditions: Sequence[Condition], together: int) -> list[list[Conditio
 def program_key(condition: Condition) -> str:
     """Equal for conditions that one program can run; `ALONE` for those that need a run of their own.
 
-    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; profiles; and
-    what starts from the weights of another run.
+    That is: what is multiplied natively, whose formats XLA has to know; interventions on single runs; profiles; what
+    starts from the weights of another run; and what learns labels.
     """
     config = condition.config
+    if config.task != "lm":
+        return ALONE
     policy = make_policy(config)
     stability = config.stability
     if any(plan.native for plan in policy.plans) or stability.fallback or stability.rewinds:

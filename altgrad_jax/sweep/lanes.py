@@ -18,6 +18,7 @@ import numpy.typing as npt
 import optax
 
 from altgrad_jax.diagnose import make_diagnose_step, make_update_measure, measure_spectra
+from altgrad_jax.evaluation import LanguageEvaluation
 from altgrad_jax.experiment import Experiment, copied
 from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.program import make_policy, make_weights
@@ -46,6 +47,12 @@ class Lane:
     state: TrainState
     seed: Array
     options: dict[str, Array]
+
+
+def language(exp: Experiment) -> LanguageEvaluation:
+    """How a language model is judged: the only task that lanes learn."""
+    assert isinstance(exp.evaluation, LanguageEvaluation)
+    return exp.evaluation
 
 
 class Lanes:
@@ -173,7 +180,7 @@ class Lanes:
 
     def evaluate(self, lanes: Lane) -> npt.NDArray[np.float32]:
         """Mean validation loss of every lane, nats per token, [K]."""
-        losses = jax.device_get([self.run_eval(lanes, batch) for batch in self.experiments[0].eval_batches])
+        losses = jax.device_get([self.run_eval(lanes, batch) for batch in language(self.experiments[0]).batches])
         return np.mean(np.asarray(losses), axis=0)
 
     def diagnose(self, lanes: Lane, batch: Array, questions: frozenset[str]) -> dict[str, Any]:
