@@ -36,6 +36,8 @@ def work(request: Request, connection: Connection) -> None:
         outcome = Outcome("too_large", str(e), len(request.members) // 2)
     except UserError as e:
         outcome = Outcome("stopped", str(e))
+    except (ImportError, OSError) as e:  # of the installation or the disk, and no condition's fault
+        outcome = Outcome("stopped", f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
     except Exception as e:  # a condition that fails is a result; its traceback is in the log
         with open(request.log, "a") as log:
             traceback.print_exc(file=log)
