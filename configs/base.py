@@ -41,8 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.eval_every = 100
     config.train.eval_batches = 20  # validation windows are eval_batches * batch_size, the same at every evaluation
     config.train.loss_scale = "1"  # factor on the gradients while they are rounded: a number, or "dynamic"
-    # none | block: recompute a block's activations backward, which saves their memory and, on a GPU, costs a forward pass
-    config.train.remat = "none"
+    config.train.remat = "none"  # none | block: recompute a block's activations backward, which saves their memory
     config.train.loss_chunk = 0  # tokens whose logits exist at once, per device; 0: 256 on a CPU, else 4096
 
     config.optimizer = ConfigDict()
