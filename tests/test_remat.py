@@ -52,6 +52,7 @@ def test_it_saves_memory_in_the_compiled_program():
     assert temporary_bytes("block") < 0.6 * temporary_bytes("none")
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     """Forward over reverse, as curvature is measured, of a quantised network too."""
     model = dataclasses.replace(MODEL, n_layer=1)
