@@ -80,6 +80,7 @@ step tiles 3 benchmarks/tune_kernel.py --config=configs/e5m2.py "--out=$out/tile
 audit e5m2_tiles e5m2.py --config.precision.kernel=pallas "--config.precision.kernel_tiles=$out/tiles.json" "${small[@]}"
 step layer_scan 4 benchmarks/layer_scan.py $tiny --layers 24 12 --recipes bf16 hybrid --width=768 --heads=12 --window=1024 \
   --vocabulary=50304 "--out=$out/layer_scan.json"
+step sweep 4 benchmarks/sweep.py $tiny "--out=$out/sweep.json"
 audit e4m3 format.py:e4m3 "${small[@]}"
 audit e5m2_cast e5m2_cast.py "${small[@]}"
 audit bf16 bf16.py "${small[@]}"

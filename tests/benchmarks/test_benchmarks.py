@@ -156,6 +156,18 @@ def test_gpu_check(run):
     assert losses["native"] == losses["emulated"], "on a CPU the sums are the same too"
 
 
+@pytest.mark.exhaustive
+def test_sweep(run):
+    results = run("sweep.py", "--tiny")
+    assert set(results["seconds"]) == {"together", "in_turn", "main"} and set(results["together_over"]) == {
+        "in_turn",
+        "main",
+    }
+    assert results["conditions_per_hour"]["together"] == pytest.approx(3600 * 2 / results["seconds"]["together"][0])
+    assert 0 == results["largest_relative_loss_difference"]["together"]
+    assert results["largest_relative_loss_difference"]["main"] < 1e-3
+
+
 def test_operands_that_differ_are_found(module, monkeypatch):
     check = module("gpu_check")
 
@@ -341,7 +353,7 @@ def test_everything_in_one_command(tmp_path):
     assert "audit_e5m2:" not in done.stderr, "it wrote what it found"
     assert "audit_bf16: exit status 1" in done.stderr, "it wrote nothing"
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == len(steps) == 20
+    assert len(calls) == len(steps) == 21
     assert any("benchmarks/gpu_step.py|" in call and "|e5m2, Pallas kernel|" in call for call in calls)
     # The two that are to be deterministic have the flags, if there is a GPU, and no other has.
     flagged = [call for call in calls if call.endswith("--xla_gpu_deterministic_ops=true")]
