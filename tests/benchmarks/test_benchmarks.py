@@ -164,7 +164,7 @@ def test_sweep(run):
         "main",
     }
     assert results["conditions_per_hour"]["together"] == pytest.approx(3600 * 2 / results["seconds"]["together"][0])
-    assert 0 == results["largest_relative_loss_difference"]["together"]
+    assert results["largest_relative_loss_difference"]["together"] == 0
     assert results["largest_relative_loss_difference"]["main"] < 1e-3
 
 
