@@ -58,6 +58,10 @@ class Experiment(Program):
         """Puts a training batch of this host on its devices, cut into microbatches."""
         return self.parallel.shard(batch, self.config.train.grad_accumulation)
 
+    def evaluate(self, state: TrainState) -> Record:
+        """What `evaluation` says of a state, `val/loss` among it."""
+        return self.evaluation.validate(state)
+
     def questions_at(self, step: int) -> frozenset[str]:
         """What is asked about the step about to be taken, the first being step 0."""
         every = self.config.diagnostics
