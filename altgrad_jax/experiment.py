@@ -67,6 +67,10 @@ class Experiment(Program):
             record["train/mfu"] = operations / (self.peak_flops * self.parallel.device_count)
         return record
 
+    def evaluate(self, state: TrainState) -> Record:
+        """What `evaluation` says of a state, `val/loss` among it."""
+        return self.evaluation.validate(state)
+
     def questions_at(self, step: int) -> frozenset[str]:
         """What is asked about the step about to be taken, the first being step 0."""
         every = self.config.diagnostics

@@ -167,7 +167,7 @@ class Loop:
     def _run(self, stop: GracefulStop) -> str:
         config, exp = self.exp.config, self.exp
         if self.step == 0 and not self._skipped_batches:
-            self._emit({"step": 0, **exp.evaluation.validate(self.state)})
+            self._emit({"step": 0, **exp.evaluate(self.state)})
         batches = exp.batches.from_step(self.step + self._skipped_batches)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
@@ -201,7 +201,7 @@ class Loop:
             previous = None
             with self._meter.paused():
                 if evaluates:
-                    record |= exp.evaluation.validate(self.state)
+                    record |= exp.evaluate(self.state)
                 if last:
                     record |= exp.evaluation.conclude(self.state, record)
                 if self._log(*passed, record):

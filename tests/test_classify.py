@@ -174,7 +174,8 @@ def twenty(classify, tmp_path_factory):
     return workdir
 
 
-E5M2 = {"precision__rules": ((r"blocks\..*|classifier", "e5m2"),), "diagnostics__quant_every": 10}
+# Few layers: each takes its time to compile.
+E5M2 = {"precision__rules": (("blocks.0.attn.proj|classifier", "e5m2"),), "diagnostics__quant_every": 10}
 
 
 def test_it_learns_a_planted_rule(classify, tmp_path, capsys):
@@ -275,7 +276,7 @@ def plain(classify, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_classifier_is_kept_on_its_grid(classify, tmp_path):
-    rules = ((r"blocks\..*|classifier", "e4m3 w.pow2=1"),)
+    rules = (("classifier", "e4m3 w.pow2=1"),)
     changes = {"optimizer__name": "grid", "optimizer__weights": "format", "precision__rules": rules}
     assert classify(tmp_path / "run", train__steps=3, **changes) == 0
     assert np.isfinite(summary(tmp_path / "run")["final"]["val/loss"])

@@ -15,7 +15,7 @@ from altgrad_jax import experiment, program, step
 from altgrad_jax import train as training
 from altgrad_jax.checkpoint import Checkpoints
 from altgrad_jax.errors import UserError
-from altgrad_jax.evaluation import LanguageEvaluation
+from altgrad_jax.experiment import Experiment
 from altgrad_jax.tracking import read_metrics
 from tests.runs import Replaced, bits, checkpoint_steps, snapshot, summary, train_losses
 
@@ -174,7 +174,7 @@ def test_a_signal_at_any_moment_saves_and_leaves(lab, finished, tmp_path, monkey
     workdir, experiment_build = tmp_path / "run", experiment.build
     with monkeypatch.context() as patch:
         if moment == "evaluation":
-            patch.setattr(LanguageEvaluation, "validate", interrupted(LanguageEvaluation.validate))
+            patch.setattr(Experiment, "evaluate", interrupted(Experiment.evaluate))
         elif moment == "save":
             patch.setattr(Checkpoints, "save", interrupted(Checkpoints.save))
         else:

@@ -31,7 +31,7 @@ def losses_alone(exp) -> np.ndarray:
     for _ in range(STEPS // exp.config.train.steps_per_dispatch):
         state, metrics = exp.run_train(state, exp.next_batch(batches))
         losses.append(metrics["train/loss"])
-    return np.array([*np.ravel(jax.device_get(losses)), exp.evaluation.validate(state)["val/loss"]])
+    return np.array([*np.ravel(jax.device_get(losses)), exp.evaluate(state)["val/loss"]])
 
 
 def losses_together(exps) -> np.ndarray:
