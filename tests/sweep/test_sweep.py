@@ -180,6 +180,17 @@ def test_what_stands_in_the_way_of_all_stops_the_sweep(lab, tmp_path):
     assert not list((tmp_path / "m").glob("*/summary.json"))
 
 
+@pytest.mark.slow
+def test_what_needs_a_run_of_its_own_has_one(lab, tmp_path):
+    axes = {"recipes": (("e5m2", "e5m2"),), "optimizers": ("adamw",), "exclude": (), "seeds": (3,)}
+    assert sweep(tiny_matrix(lab, {"stability__rewinds": 1}, **axes), tmp_path / "m", (0, 1)) == 0
+    folder = tmp_path / "m" / "e5m2-adamw-seed3"
+    assert summary(folder)["status"] == "finished" and not (folder / "checkpoints").exists()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["condition"]["together"] == 1 and manifest["condition"]["seed"] == 3
+    assert "--config.stability.rewinds=1" in manifest["sessions"][0]["command"]
+
+
 def test_a_killed_process_is_a_failure_of_what_it_ran():
     """By the kernel, for memory, as a rule: the sweep itself must outlive it."""
     process = SimpleNamespace(exitcode=-9)
