@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 import jax
@@ -382,14 +383,19 @@ def layer_of_parameter(name: str, tied: bool) -> str:
 
 def layer_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
     """Path -> shape of every matrix in `layer_weights`."""
+    return dict(_layer_shapes(config))
 
+
+@cache
+def _layer_shapes(config: GPTConfig) -> tuple[tuple[str, tuple[int, int]], ...]:
+    # A sweep asks for those of one model hundreds of times.
     def build() -> Any:
         return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(0)), nnx.Param))
 
     params = jax.eval_shape(build)
     names = list(layer_weights(jax.tree.map(lambda x: np.zeros((1, 1)), params)))
     shapes = jax.eval_shape(layer_weights, params)
-    return {name: (shapes[name].shape[0], shapes[name].shape[1]) for name in names}  # in the network's order
+    return tuple((name, (shapes[name].shape[0], shapes[name].shape[1])) for name in names)  # in the network's order
 
 
 def parameter_counts(config: GPTConfig) -> dict[str, int]:

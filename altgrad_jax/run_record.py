@@ -67,7 +67,7 @@ def write_manifest(
       more: further entries.
     """
     before = workdir.read_json("manifest.json")
-    if before is not None and before["identity"] != identity:
+    if before is not None and before.get("identity") != identity:
         before = None  # another run began here and never saved anything
     sessions = before["sessions"] if before else []
     manifest = {

@@ -199,7 +199,7 @@ def test_training_begins_with_the_label_prior(classify, twenty):
     assert first["val/loss"] == pytest.approx(task.prior_loss("validation"), rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_question_is_answered(classify, tmp_path):
     questions = {"diagnostics__questions": ("gradients:1", "weights:1", "spectra:1")}
     assert classify(tmp_path / "run", train__steps=1, diagnostics__shadow_every=1, **E5M2, **questions) == 0
@@ -274,7 +274,7 @@ def plain(classify, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_classifier_is_kept_on_its_grid(classify, tmp_path):
     rules = (("classifier", "e4m3 w.pow2=1"),)
     changes = {"optimizer__name": "grid", "optimizer__weights": "format", "precision__rules": rules}

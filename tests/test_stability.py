@@ -30,8 +30,8 @@ def spoil(steps, value=math.nan):
         inner, gradients = make_train_step(graphdef, optimizer, *args, **kwargs), step.gradients
 
         def train_step(state, tokens):
-            def spoilt(*args):
-                loss, grads, seen = gradients(*args)
+            def spoilt(*args, **kwargs):
+                loss, grads, seen = gradients(*args, **kwargs)
                 bad = jnp.isin(state.step + 1, jnp.asarray(list(steps)))
                 return loss, grads | {"wpe": grads["wpe"].at[0, 0].add(jnp.where(bad, value, 0.0))}, seen
 

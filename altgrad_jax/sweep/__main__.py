@@ -8,18 +8,19 @@ some failed, 2 usage error, 130 / 143 interrupted. `python -m altgrad_jax.report
 results.
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from altgrad_jax.allocator import restart_with_large_pages
 
 if __name__ == "__main__":
     restart_with_large_pages()
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -30,11 +31,12 @@ from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.errors import UsageError
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_xla_flags
+from altgrad_jax.sweep.groups import program_keys
 from altgrad_jax.sweep.matrix import PLAIN_FILE, Condition, conditions
 from altgrad_jax.sweep.progress import Progress
-from altgrad_jax.sweep.run import refuse_others, run_all
+from altgrad_jax.sweep.run import in_process_of_its_own, refuse_others, run_all
 from altgrad_jax.sweep.search import choose, search_conditions
-from altgrad_jax.workdir import write_json
+from altgrad_jax.workdir import read_json, write_json
 
 MANY_ON_CPU, MANY = 8, 64  # conditions in one program where config.together is 0
 
@@ -71,11 +73,15 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
     if not matrix.base.runtime.compilation_cache:  # groups of one size share their programs
         matrix.base.runtime.compilation_cache = str(compiled)
     trial, all_conditions = search_conditions(matrix, plain), conditions(matrix, plain)
+    # In a process of its own: one that has opened a GPU holds its memory, and this one lives as long as the sweep.
+    backend, keys = in_process_of_its_own(program_keys, [*trial, *all_conditions])
     corpus = open_corpus(matrix.base)  # prepared once, before any process needs it
     console = make_console()
     progress = Progress(console)
-    together = matrix.together or (MANY_ON_CPU if jax.default_backend() == "cpu" else MANY)
-    refuse_others(trial, workdir / "search")
+    most = matrix.together or (MANY_ON_CPU if backend == "cpu" else MANY)
+    together = min(most, math.ceil(len(all_conditions) / shard[1]))
+    refuse_others(trial, workdir / "search", corpus.sha256)
+    refuse_others(all_conditions, workdir, corpus.sha256, without=("learning_rate",) if trial else ())
     _describe(workdir, matrix, all_conditions)
     facts = {
         "question": matrix.question,
@@ -85,13 +91,14 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
         "shard": f"{shard[0]} of {shard[1]}",
     }
     print_header(console, f"altgrad_jax sweep {matrix.name}", facts)
-    given = {"matrix": matrix.name, "together": together, "progress": progress}
+    given: dict[str, Any] = {"matrix": matrix.name, "keys": keys, "data_sha256": corpus.sha256, "progress": progress}
+    given |= {"together": together}
     with GracefulStop() as stop:
         factors = {}
         if trial:
             if not run_all(trial, workdir / "search", shard=(0, 1), stop=stop, **given):
                 return stop.exit_code
-            found = choose(trial, workdir / "search")
+            found = choose(trial, workdir / "search", matrix.optimizers)
             write_json(workdir / "search" / "rates.json", found)
             factors = found["factors"]
             for line in [f"learning rates x {factors}", *found["notes"]]:
@@ -109,13 +116,14 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
 def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condition]) -> None:
     """Writes matrix.json."""
     workdir.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(
         workdir / "matrix.json",
         {
             "name": matrix.name,
             "question": matrix.question,
             "command": ["python", "-m", "altgrad_jax.sweep", *sys.argv[1:]],
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": (read_json(workdir / "matrix.json") or {}).get("created", now),
             "conditions": [{"name": c.name, **c.facts} for c in all_conditions],
         },
     )

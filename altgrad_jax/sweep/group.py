@@ -26,13 +26,14 @@ from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_device
 from altgrad_jax.meter import Meter
 from altgrad_jax.precision.audit import Audit, audit
+from altgrad_jax.precision.policy import Policy
 from altgrad_jax.run_record import Progress, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, Record, event
 from altgrad_jax.state import tree_sha256
 from altgrad_jax.sweep.lanes import Lane, Lanes, language
 from altgrad_jax.sweep.memory import free_bytes, needed_bytes
 from altgrad_jax.sweep.requests import Member, ended
-from altgrad_jax.tracking import MetricsFile
+from altgrad_jax.tracking import MetricsFile, read_metrics
 from altgrad_jax.workdir import Workdir
 
 Tell = Callable[[str, int], None]
@@ -67,7 +68,7 @@ def train_together(members: Sequence[Member], folder: Path, tell: Tell) -> str:
     Args:
       members: the group's conditions; what has ended stays as it is, its lane runs on unseen.
       folder: of the group's checkpoints; removed when all have ended.
-      tell: called with ("step", steps done) as they pass, and before with ("compiling", conditions).
+      tell: called with ("step", steps done) as they pass.
 
     Raises:
       TooLargeError: they do not fit into memory together.
@@ -116,27 +117,31 @@ class _Group:
         restored = self._checkpoints.restore_latest(
             parallel.to_global_abstract(self._programs.abstract()), self._identity
         )
+        if restored is not None and not all(_reaches(place, restored.step) for place in self._active()):
+            restored = None  # another group of these conditions was begun since: what it logged is gone
         if restored is None:
             self.lanes = self._programs.fresh()
         else:
             self.lanes, self.step = parallel.to_local(restored.state), restored.step
             self._earlier_seconds = restored.manifest["seconds"]
-        self._tell("compiling", len(self._places))
         compiled = self._programs.compile_train(self.lanes)
         free, needed = free_bytes(parallel.devices[0]), needed_bytes(compiled)
         if free is not None and needed > free and len(self._places) > 1:
             raise TooLargeError(max(1, len(self._places) * free // needed))
         self._compile_seconds = time.monotonic() - began
         self._began = began
-        audited = _audited(compiled.as_text() or "", self._programs, self._first)
+        text = compiled.as_text() or ""
         origin = f"the checkpoint of step {self.step}" if restored else "new weights"
-        for place in self._active():
+        for place, policy in zip(self._places, self._programs.policies, strict=True):
+            if place.status != RUNNING:
+                continue
             extra = {"condition": place.member.facts | {"together": len(self._places)}}
-            write_manifest(
-                place.workdir, place.exp, place.identity, self.step, origin, audited, place.member.command, extra
-            )
+            audited = _audited(text, policy, self._first)
+            begins = self.step, origin, audited, place.member.command, extra
+            write_manifest(place.workdir, place.exp, place.identity, *begins)
             place.sink = MetricsFile(place.workdir.metrics, self.step)
             cleanup.callback(place.sink.close, "")
+            place.answered = [record for record in read_metrics(place.workdir.metrics) if is_answered(record)]
         tokens = self._first.config.train.batch_size * self._first.model.block_size
         self._meter = Meter(tokens * len(self._places), self.step)
 
@@ -167,14 +172,16 @@ class _Group:
             previous = (self.step, metrics, answers)
             last = self.step == self._steps
             evaluates = last or self.step % config.train.eval_every == 0
-            saves = self.step % config.checkpoint.every == 0 or stop.requested
+            evaluated = self._evaluate() if evaluates else None
+            stops = stop.requested and not last  # looked at once: what leaves has been saved
+            saves = stops or (not last and self.step % config.checkpoint.every == 0)
             if evaluates or saves:
-                self._log(*previous, more=self._evaluate() if evaluates else None)
+                self._log(*previous, more=evaluated)
                 previous = None
-                if not last and saves:
-                    self._save()
+            if saves:
+                self._save()
             self._tell("step", self.step)
-            if stop.requested and not last:
+            if stops:
                 return "interrupted"
         for i, place in enumerate(self._places):
             if place.status == RUNNING:
@@ -230,6 +237,8 @@ class _Group:
                 place.sink.log(record)
             if is_answered(record):
                 self._warn(place, record)
+            if place.exp.config.stability.skip_nonfinite and record.get("train/skipped"):
+                place.sink.log(event(record["step"], "skip", "a loss or gradient that is not finite"))
             if diverged:
                 self._end(i, "diverged", record["step"])
 
@@ -265,13 +274,19 @@ class _Group:
         write_summary(place.workdir, place.exp, status, progress)
 
 
+def _reaches(place: _Place, step: int) -> bool:
+    """Whether what was logged of a condition goes as far as a step."""
+    last = max((record["step"] for record in read_metrics(place.workdir.metrics)), default=0)
+    return last + place.exp.config.train.log_every > step
+
+
 def _lane(values: Any, i: int) -> Any:
     return jax.tree.map(lambda x: x[i], values)
 
 
-def _audited(text: str, programs: Lanes, first: Experiment) -> Audit | str:
-    """What the program of all lanes multiplies; or why that cannot be told."""
+def _audited(text: str, policy: Policy, first: Experiment) -> Audit | str:
+    """What the program of all lanes multiplies, as asked for by one of them; or why that cannot be told."""
     try:
-        return audit(text, programs.policies[0], first.config.precision.compute, first.config.train.steps_per_dispatch)
+        return audit(text, policy, first.config.precision.compute, first.config.train.steps_per_dispatch)
     except ValueError as e:
         return f"what the compiled step multiplies cannot be told: {e}"

@@ -1,9 +1,11 @@
 """Which conditions one compiled program can run: those that differ in nothing but values that may be traced."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
+
+import jax
 
 from altgrad_jax import provenance
 from altgrad_jax.precision.grid import Grid
@@ -17,14 +19,23 @@ from altgrad_jax.sweep.matrix import Condition
 ALONE = "alone"
 
 
-def groups(conditions: Sequence[Condition], together: int) -> list[list[Condition]]:
+def program_keys(conditions: Sequence[Condition]) -> tuple[str, dict[str, str]]:
+    """The kind of device there is, and every condition's `program_key` by its name; opens the device.
+
+    Raises:
+      UsageError: the rules of a condition are none of its model's.
+    """
+    return jax.default_backend(), {condition.name: program_key(condition) for condition in conditions}
+
+
+def groups(conditions: Sequence[Condition], keys: Mapping[str, str], together: int) -> list[list[Condition]]:
     """Conditions that run together, at most `together` at once; in the order of the first of each.
 
-    Those that cannot share a program come one by one.
+    Those that cannot share a program come one by one. `keys` are their `program_keys`.
     """
     found: dict[str, list[Condition]] = {}
     for condition in conditions:
-        key = program_key(condition)
+        key = keys[condition.name]
         found.setdefault(f"{ALONE} {condition.name}" if key == ALONE else key, []).append(condition)
     parts = []
     for members in found.values():

@@ -26,10 +26,11 @@ from altgrad_jax.state import TrainState, init_params, init_state, model_structu
 from altgrad_jax.step import make_eval_step, make_train_step, several
 
 Array = jax.Array
-# What `config.optimizer` may differ in between lanes: numbers that enter the update as numbers, and decide nothing.
+# What `config.optimizer` may differ in between lanes: numbers that enter the update as they are. Not b1 and b2, whose
+# 1 - b is that of a double in a run alone; nor max_scale, which the state begins with.
 TRACED_OPTIONS = (
-    *("learning_rate", "other_learning_rate", "min_lr_ratio", "b1", "b2", "eps", "weight_decay"),
-    *("momentum", "rung_clip", "max_stiffness", "update_clip", "max_scale"),
+    *("learning_rate", "other_learning_rate", "min_lr_ratio", "eps", "weight_decay"),
+    *("momentum", "rung_clip", "max_stiffness", "update_clip"),
 )
 
 

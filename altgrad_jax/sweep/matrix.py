@@ -49,6 +49,7 @@ def conditions(matrix: ConfigDict, plain: ConfigDict, factors: Mapping[str, floa
       UsageError: an axis is malformed, or a condition contradicts itself; every one is named.
     """
     recipes, layers = _pairs(matrix, "recipes"), _pairs(matrix, "layers")
+    _check_elements(matrix)
     for axis in ("optimizers", "seeds", "rates"):
         if not matrix[axis] or len(set(matrix[axis])) < len(matrix[axis]):
             raise UsageError(f"config.{axis}={tuple(matrix[axis])} must name one or more, none of them twice")
@@ -83,6 +84,21 @@ def conditions(matrix: ConfigDict, plain: ConfigDict, factors: Mapping[str, floa
     if len({c.name for c in found}) < len(found):
         raise UsageError("two conditions have one name: give recipes and layers names that differ in letters or digits")
     return found
+
+
+def _check_elements(matrix: ConfigDict) -> None:
+    """Raises UsageError for an element of an axis that is none of its kind."""
+    kinds: dict[str, tuple[Any, str]] = {
+        "seeds": (int, "whole numbers"),
+        "rates": ((int, float), "numbers"),
+        "optimizers": (str, "names"),
+    }
+    kinds["exclude"] = (str, "texts")
+    for axis, (kind, called) in kinds.items():
+        if wrong := [x for x in matrix[axis] if not isinstance(x, kind) or isinstance(x, bool)]:
+            raise UsageError(f"config.{axis}: {wrong[0]!r} is none of the {called} that it takes")
+    if wrong := [seed for seed in matrix.seeds if not 0 <= seed < 2**31]:
+        raise UsageError(f"config.seeds: {wrong[0]} is not from 0 to 2^31 - 1")
 
 
 def _pairs(matrix: ConfigDict, axis: str) -> dict[str, str]:
@@ -150,7 +166,7 @@ def command(config: ConfigDict, plain: ConfigDict) -> tuple[str, ...]:
     def differing() -> Iterator[str]:
         for key in leaves(config):
             value = get(config, key)
-            if value is not None and value != get(plain, key) and not key.startswith("runtime."):
+            if value is not None and value != get(plain, key) and key != "runtime.compilation_cache":
                 yield f"--config.{key}={value}"
 
     return ("python", "-m", "altgrad_jax.main", f"--config={PLAIN_FILE}", *differing())

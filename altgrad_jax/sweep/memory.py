@@ -9,12 +9,11 @@ SHARE = 0.8
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the program takes on each device while it runs: arguments, results, and what lies between."""
+    """What the program takes on each device while it runs, beside its arguments, which lie there already."""
     found = compiled.memory_analysis()
     if found is None:
         return 0
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return held + found.temp_size_in_bytes
+    return found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
 def free_bytes(device: jax.Device) -> int | None:

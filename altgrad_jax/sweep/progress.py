@@ -17,47 +17,50 @@ class Progress:
 
     def __init__(self, console: Console):
         self._console = console
-        self._total = self._done = self._new = self._conditions = 0
+        self._steps: dict[str, int] = {}  # of each condition
+        self._done: dict[str, int] = {}
         self._ended: dict[str, str] = {}
         self._running: Sequence[str] = ()
-        self._step = self._first_step = 0
-        self._seen_step = False
+        self._resumed = True
+        self._before = 0  # steps that cost this session nothing
         self._began, self._last_line = time.monotonic(), 0.0
 
     def plan(self, conditions: Sequence[Condition], folder: Path) -> None:
         """What there is to do, and what of it is done already."""
-        self._folder, self._conditions = folder, len(conditions)
-        self._total = sum(c.config.train.steps for c in conditions)
+        self._folder = folder
+        self._steps = {c.name: c.config.train.steps for c in conditions}
         self._ended = {c.name: status for c in conditions if (status := ended(folder / c.name))}
-        self._done = sum(c.config.train.steps for c in conditions if c.name in self._ended)
-        self._new, self._began = 0, time.monotonic()
+        self._done = {name: self._steps[name] for name in self._ended}
+        self._before, self._began = sum(self._done.values()), time.monotonic()
         if self._ended:
             self.note(f"{len(self._ended)} of {len(conditions)} conditions have ended before")
 
-    def begin(self, names: Sequence[str], steps: int) -> None:
+    def begin(self, names: Sequence[str]) -> None:
         """These conditions start together."""
-        self._running, self._step, self._steps, self._seen_step = names, 0, steps, False
+        self._running, self._resumed = names, True
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         self.note(f"{len(names)} together: {shown}" if len(names) > 1 else f"alone: {shown}")
 
     def tell(self, what: str, value: int) -> None:
-        """A message of the process that trains."""
-        if what != "step":
-            return
-        if self._seen_step:  # where it resumed from, or the first step, is no measure of speed
-            passed = (value - self._step) * len(self._running)
-            self._done, self._new = self._done + passed, self._new + passed
-        else:
-            self._done += value * len(self._running)
-        self._step, self._seen_step = value, True
+        """A message of the process that trains: ("step", steps done)."""
+        assert what == "step"
+        passed = 0
+        for name in self._running:
+            passed += max(0, value - self._done.get(name, 0))
+            self._done[name] = max(value, self._done.get(name, 0))
+        if self._resumed:  # where a group resumed from, or its first step, is no measure of speed
+            self._before, self._resumed = self._before + passed, False
         if time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
-            self.note(f"step {value}/{self._steps}")
+            self.note(f"step {value}/{self._steps[self._running[0]]}")
 
     def ended(self, name: str, status: str) -> None:
         """A condition has ended."""
         if name in self._ended:
             return
         self._ended[name] = status
+        if name not in self._running:  # another sweep ran it
+            self._before += self._steps[name] - self._done.get(name, 0)
+        self._done[name] = self._steps[name]
         summary = read_json(self._folder / name / "summary.json") or {}
         loss = summary.get("final", {}).get("val/loss")
         result = f"val loss {loss:.4f}" if isinstance(loss, float) else summary.get("reason", "")
@@ -66,10 +69,10 @@ class Progress:
     def note(self, text: str) -> None:
         """A line, after how far all is."""
         self._last_line = time.monotonic()
-        left = self._total - self._done
-        seconds = (time.monotonic() - self._began) / self._new * left if self._new else 0.0
-        eta = f"  eta {clock(seconds)}" if seconds and left > 0 else ""
-        self._console.print(f"[{len(self._ended)}/{self._conditions}{eta}]  {text}", soft_wrap=True)
+        done = sum(self._done.values())
+        left, new = sum(self._steps.values()) - done, done - self._before
+        eta = f"  eta {clock((time.monotonic() - self._began) / new * left)}" if new > 0 and left > 0 else ""
+        self._console.print(f"[{len(self._ended)}/{len(self._steps)}{eta}]  {text}", soft_wrap=True)
 
     def statuses(self) -> dict[str, int]:
         """How many conditions have ended in each way."""

@@ -62,8 +62,9 @@ class Outcome:
     """How a request ended.
 
     Attributes:
-      status: "finished", also where members diverged; "interrupted"; "too_large" for memory; "failed"; or "stopped" by
-        what concerns more than these conditions, and the user can mend, such as a full disk.
+      status: "finished", also where members diverged; "interrupted"; "too_large" for memory; "failed"; "busy":
+        another process is at one of them; or "stopped" by what concerns more than these conditions, and the user can
+        mend, such as a full disk.
       reason: why it failed or stopped.
       fitting: how many would fit into memory, of "too_large".
     """

@@ -11,25 +11,28 @@ written by whoever holds its group's lock.
 
 import hashlib
 import multiprocessing
+import os
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from altgrad_jax import provenance
 from altgrad_jax.errors import UserError
 from altgrad_jax.interrupt import GracefulStop
-from altgrad_jax.sweep.groups import ALONE, groups, program_key
+from altgrad_jax.sweep.groups import ALONE, groups
 from altgrad_jax.sweep.matrix import Condition
 from altgrad_jax.sweep.progress import Progress
 from altgrad_jax.sweep.requests import Member, Outcome, Request, ended
-from altgrad_jax.sweep.worker import work
+from altgrad_jax.sweep.worker import answer, work
 from altgrad_jax.workdir import BusyError, Workdir, read_json, write_json
 
+PARTS = "parts.json"  # in a group's folder: the size it has been cut to
 WAIT_SECONDS = 2.0  # between looks at a group that another process holds
 
 
@@ -52,6 +55,8 @@ def run_all(
     folder: Path,
     *,
     matrix: str,
+    keys: Mapping[str, str],
+    data_sha256: str,
     together: int,
     shard: tuple[int, int],
     progress: Progress,
@@ -63,6 +68,8 @@ def run_all(
       conditions: of the whole matrix.
       folder: of their work directories.
       matrix: its name.
+      keys: the conditions' program keys, by name.
+      data_sha256: of the corpus.
       together: most conditions in one program.
       shard: (i, n): of the groups, the i-th of n parts.
       progress: is told what happens.
@@ -71,47 +78,93 @@ def run_all(
     Raises:
       UserError: a folder belongs to a condition with other settings; or what a training process was stopped by.
     """
-    refuse_others(conditions, folder)
-    units = [_Unit(tuple(g), program_key(g[0]) == ALONE) for g in groups(conditions, together)]
+    refuse_others(conditions, folder, data_sha256)
+    units = [_Unit(tuple(g), keys[g[0].name] == ALONE) for g in groups(conditions, keys, together)]
     mine = deque(units[shard[0] :: shard[1]])
     progress.plan([c for unit in mine for c in unit.conditions], folder)
     waiting = 0
     while mine and not stop.requested:
         unit = mine.popleft()
-        if all(ended(folder / c.name) for c in unit.conditions):
-            continue
         home = folder / "groups" / unit.name
+        if _all_ended(unit, folder, progress):
+            continue
         try:
             lock = Workdir(home)
-        except BusyError:  # another sweep is at it; the rest comes first
+        except BusyError:
+            lock = None
+        outcome = Outcome("busy")
+        if lock is not None:
+            try:
+                if _all_ended(unit, folder, progress):  # by whoever held the lock until now
+                    continue
+                if parts := _cut(unit, home):
+                    mine.extendleft(reversed(parts))
+                    continue
+                outcome = _in_process(unit, folder, home, matrix, progress, stop)
+                mine.extendleft(reversed(_after(unit, outcome, folder, home, progress)))
+            finally:
+                lock.close()
+        if outcome.status == "busy":  # another sweep is at these conditions; the rest comes first
             mine.append(unit)
             waiting += 1
             if waiting >= len(mine):
                 time.sleep(WAIT_SECONDS)
-            continue
-        waiting = 0
-        try:
-            outcome = _in_process(unit, folder, home, matrix, progress, stop)
-            for part in _after(unit, outcome, folder, progress):
-                mine.appendleft(part)
-        finally:
-            lock.close()
-        _remove_if_ended(unit, folder, home)
+        else:
+            waiting = 0
+            _remove_if_ended(unit.conditions, folder, home)
+    if not stop.requested:
+        _remove_if_ended(conditions, folder, folder / "groups")
     return not stop.requested
 
 
-def refuse_others(conditions: Sequence[Condition], folder: Path) -> None:
-    """Raises UserError if a condition's folder holds a run with other settings."""
+def _all_ended(unit: _Unit, folder: Path, progress: Progress) -> bool:
+    statuses = {c.name: ended(folder / c.name) for c in unit.conditions}
+    for name, status in statuses.items():
+        if status is not None:
+            progress.ended(name, status)
+    return None not in statuses.values()
+
+
+def _cut(unit: _Unit, home: Path) -> list[_Unit]:
+    """The parts into which a unit has been cut before, so that it is not begun as a whole again; none if it was not."""
+    found = read_json(home / PARTS)
+    return _parts(unit, found["size"]) if found is not None else []
+
+
+def _parts(unit: _Unit, size: int) -> list[_Unit]:
+    """Parts of at most this size, and of nearly one size."""
+    count = -(-len(unit.conditions) // size)
+    size = -(-len(unit.conditions) // count)
+    return [_Unit(unit.conditions[i : i + size], unit.alone) for i in range(0, len(unit.conditions), size)]
+
+
+def refuse_others(conditions: Sequence[Condition], folder: Path, data_sha256: str, without: Sequence[str] = ()) -> None:
+    """Raises UserError if a condition's folder holds a run with other settings, or on other data.
+
+    Args:
+      conditions: what is to be run.
+      folder: of their folders.
+      data_sha256: of the corpus.
+      without: keys of `config.optimizer` that are yet to be found.
+    """
     for condition in conditions:
         stored = read_json(folder / condition.name / "config.json")
         if stored is None:
             continue
         current = provenance.config_dict(condition.config)
-        for section in ("tracking", "checkpoint", "runtime", "parallel"):
-            stored.pop(section, None), current.pop(section, None)
-        if stored != current:
+        for config in (stored, current):
+            for section in ("tracking", "runtime", "parallel"):
+                config.pop(section, None)
+            for key in ("every", "max_to_keep"):
+                config.get("checkpoint", {}).pop(key, None)
+            for key in without:
+                config.get("optimizer", {}).pop(key, None)
+        manifest = read_json(folder / condition.name / "manifest.json") or {}
+        on = manifest.get("identity", {}).get("data.sha256", data_sha256)
+        if stored != current or on != data_sha256:
+            what = _first_difference(stored, current) if stored != current else f"data: {on[:8]} -> {data_sha256[:8]}"
             raise UserError(
-                f"{folder / condition.name} was run with other settings ({_first_difference(stored, current)}); use the"
+                f"{folder / condition.name} was run with other settings ({what}); use the"
                 " settings it was run with, or another --workdir"
             )
 
@@ -124,23 +177,49 @@ def _first_difference(stored: Any, current: Any, prefix: str = "config") -> str:
     return f"{prefix}: {stored} -> {current}"
 
 
+def _started(target: Callable[..., None], *arguments: Any) -> tuple[Any, Connection]:
+    """A process that has begun on target(*arguments, connection), and the other end of the connection."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["altgrad_jax.sweep.worker"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def in_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, called where it may open the device: what opens a GPU holds its memory until it ends.
+
+    Raises:
+      UserError: as the function does.
+    """
+    process, ours = _started(answer, function, arguments)
+    try:
+        found = ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"JAX could not be started: {_death(process, 1).reason}") from None
+    process.join()
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
 def _in_process(unit: _Unit, folder: Path, home: Path, matrix: str, progress: Progress, stop: GracefulStop) -> Outcome:
     """Has a process train a unit; what it says at last, or what its death says."""
     members = tuple(
         Member(c.name, folder / c.name, c.config, {"matrix": matrix} | c.facts, c.command) for c in unit.conditions
     )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["altgrad_jax.sweep.worker"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(Request(members, home, unit.alone, home / "log.txt"), theirs))
-    progress.begin([c.name for c in unit.conditions], unit.conditions[0].config.train.steps)
-    process.start()
-    theirs.close()
+    progress.begin([c.name for c in unit.conditions])
+    process, ours = _started(work, Request(members, home, unit.alone, home / "log.txt"))
     outcome, told = None, False
     while outcome is None:
         if stop.requested and not told:
-            process.terminate()
             told = True
+            # A signal may have come to all processes, and a second one of its kind would end this one at once.
+            other = signal.SIGINT if stop.exit_code == 128 + signal.SIGTERM else signal.SIGTERM
+            os.kill(process.pid or 0, other)
         try:
             message = ours.recv() if ours.poll(0.2) else None
         except EOFError:
@@ -158,13 +237,14 @@ def _in_process(unit: _Unit, folder: Path, home: Path, matrix: str, progress: Pr
 
 
 def _death(process: Any, conditions: int) -> Outcome:
-    """What to make of a process that ended without a word."""
+    """What to make of a process that ended without a word: killed, as a rule, for want of memory; else it crashed."""
     code = process.exitcode or 0
-    how = f"signal {-code} ({signal.Signals(-code).name}), as when memory runs out" if code < 0 else f"status {code}"
-    return Outcome("too_large", f"its process ended by {how}", conditions // 2)
+    if code == -signal.SIGKILL:
+        return Outcome("too_large", "its process was killed, as when memory runs out", conditions // 2)
+    return Outcome("failed", f"its process ended by {signal.Signals(-code).name if code < 0 else f'status {code}'}")
 
 
-def _after(unit: _Unit, outcome: Outcome, folder: Path, progress: Progress) -> list[_Unit]:
+def _after(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progress: Progress) -> list[_Unit]:
     """What is still to be done of a unit; failures are written down as results.
 
     Raises:
@@ -172,22 +252,20 @@ def _after(unit: _Unit, outcome: Outcome, folder: Path, progress: Progress) -> l
     """
     if outcome.status == "stopped":
         raise UserError(outcome.reason)
-    if outcome.status == "too_large" and len(unit.conditions) > 1:
-        size = min(max(1, outcome.fitting), len(unit.conditions) - 1)
-        count = -(-len(unit.conditions) // size)
-        size = -(-len(unit.conditions) // count)
-        progress.note(f"{len(unit.conditions)} conditions do not fit into memory together; {size} at a time")
-        parts = [unit.conditions[i : i + size] for i in range(0, len(unit.conditions), size)]
-        return [_Unit(part, unit.alone) for part in reversed(parts)]
-    if outcome.status in ("failed", "too_large"):
-        if len(unit.conditions) > 1:  # one of them may be to blame: each has its own chance
-            progress.note(f"{len(unit.conditions)} conditions failed together ({outcome.reason}); one at a time")
-            return [_Unit((c,), unit.alone) for c in reversed(unit.conditions)]
+    count, failed = len(unit.conditions), outcome.status in ("failed", "too_large")
+    if failed and count > 1:
+        # Of those that fail together one may be to blame: each has its own chance.
+        size = min(max(1, outcome.fitting), count - 1) if outcome.status == "too_large" else 1
+        parts = _parts(unit, size)
+        write_json(home / PARTS, {"size": size, "reason": outcome.reason})
+        why = "do not fit into memory together" if outcome.status == "too_large" else f"failed ({outcome.reason})"
+        progress.note(f"{count} conditions {why}; {len(parts[0].conditions)} at a time")
+        return parts
+    if failed:
         _write_failed(folder / unit.conditions[0].name, unit.conditions[0], outcome.reason)
-    for condition in unit.conditions:
-        if status := ended(folder / condition.name):
-            progress.ended(condition.name, status)
-    return []
+    done = _all_ended(unit, folder, progress)
+    # Saved, though nobody stopped the sweep: somebody has told the process alone.
+    return [unit] if outcome.status == "interrupted" and not done else []
 
 
 def _write_failed(folder: Path, condition: Condition, reason: str) -> None:
@@ -201,8 +279,8 @@ def _write_failed(folder: Path, condition: Condition, reason: str) -> None:
     write_json(folder / "summary.json", summary | {"status": "failed", "reason": reason})
 
 
-def _remove_if_ended(unit: _Unit, folder: Path, home: Path) -> None:
-    """Removes a group's folder; that of a failed one stays, for its log."""
-    statuses = {ended(folder / c.name) for c in unit.conditions}
+def _remove_if_ended(conditions: Sequence[Condition], folder: Path, home: Path) -> None:
+    """Removes what was kept while conditions ran; that of failed ones stays, for its log."""
+    statuses = {ended(folder / c.name) for c in conditions}
     if None not in statuses and "failed" not in statuses:
         shutil.rmtree(home, ignore_errors=True)

@@ -26,8 +26,8 @@ def search_conditions(matrix: ConfigDict, plain: ConfigDict) -> list[Condition]:
     search = matrix.search
     if not search.factors:
         return []
-    if any(not factor > 0 for factor in search.factors):
-        raise UsageError(f"config.search.factors={tuple(search.factors)} must be above 0")
+    if any(not isinstance(factor, (int, float)) or not factor > 0 for factor in search.factors):
+        raise UsageError(f"config.search.factors={tuple(search.factors)} must be numbers above 0")
     if both := sorted(set(search.seeds) & set(matrix.seeds)):
         raise UsageError(
             f"config.search.seeds: {both[0]} is also among config.seeds; a rate must not be chosen on the data that it"
@@ -45,7 +45,9 @@ def search_conditions(matrix: ConfigDict, plain: ConfigDict) -> list[Condition]:
 
 
 def _concerns(text: str, trial: ConfigDict) -> bool:
-    """Whether an exclusion leaves out anything of the search, where it would else be refused as useless."""
+    """Whether an exclusion is one of the search's: rates and seeds are its own, and what matches none is refused."""
+    if any(part.startswith(("rate=", "seed=")) for part in text.split()):
+        return False
     try:
         conditions(ConfigDict(trial.to_dict() | {"exclude": (text,)}), ConfigDict(trial.base.to_dict()))
     except UsageError as e:
@@ -53,8 +55,8 @@ def _concerns(text: str, trial: ConfigDict) -> bool:
     return True
 
 
-def choose(tried: Sequence[Condition], folder: Path) -> dict[str, Any]:
-    """What the search found: rates.json's content.
+def choose(tried: Sequence[Condition], folder: Path, optimizers: Sequence[str] = ()) -> dict[str, Any]:
+    """What the search found: rates.json's content. Of `optimizers` it says which it has not tried.
 
     Returns:
       `factors` (optimizer -> the factor chosen), `tried` (optimizer -> factor -> mean validation loss, null for one
@@ -70,7 +72,9 @@ def choose(tried: Sequence[Condition], folder: Path) -> dict[str, Any]:
         usable = summary.get("status") == "finished" and isinstance(loss, float)
         of_optimizer = losses.setdefault(condition.facts["optimizer"], {})
         of_optimizer.setdefault(condition.facts["rate"], []).append(loss if usable else math.inf)
-    factors, notes, table = {}, [], {}
+    factors: dict[str, float] = {}
+    notes = [f"{name} was not tried: its learning rate is the one given" for name in optimizers if name not in losses]
+    table = {}
     for optimizer, of_factors in losses.items():
         means = {factor: sum(values) / len(values) for factor, values in sorted(of_factors.items())}
         best = min(means, key=lambda factor: means[factor])

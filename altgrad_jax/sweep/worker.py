@@ -8,10 +8,11 @@ import os
 import shutil
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,6 +22,7 @@ from altgrad_jax.machine import OutOfMemoryError, is_out_of_memory
 from altgrad_jax.sweep.group import Tell, TooLargeError, train_together
 from altgrad_jax.sweep.requests import Outcome, Request, ended
 from altgrad_jax.train import train
+from altgrad_jax.workdir import BusyError, read_json, write_json
 
 
 def work(request: Request, connection: Connection) -> None:
@@ -32,6 +34,10 @@ def work(request: Request, connection: Connection) -> None:
         outcome = _train(request, tell)
     except TooLargeError as e:
         outcome = Outcome("too_large", fitting=e.fitting)
+    except KeyboardInterrupt:  # before the first step, where there is nothing to save
+        outcome = Outcome("interrupted")
+    except BusyError:
+        outcome = Outcome("busy")
     except OutOfMemoryError as e:
         outcome = Outcome("too_large", str(e), len(request.members) // 2)
     except UserError as e:
@@ -49,6 +55,15 @@ def work(request: Request, connection: Connection) -> None:
     connection.close()
 
 
+def answer(function: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
+    """Sends what a function returns, or the user's mistake that it finds."""
+    try:
+        connection.send(function(*arguments))
+    except UserError as e:
+        connection.send(e)
+    connection.close()
+
+
 def _train(request: Request, tell: Tell) -> Outcome:
     cache = request.members[0].config.runtime.compilation_cache
     if cache:
@@ -58,11 +73,26 @@ def _train(request: Request, tell: Tell) -> Outcome:
         if not request.alone:
             return Outcome(train_together(request.members, request.folder, tell))
         member = request.members[0]
-        status = train(member.config, str(member.folder), member.command, {"condition": member.facts | {"together": 1}})
+        more = {"condition": member.facts | {"together": 1}}
+        try:
+            status = train(member.config, str(member.folder), member.command, more)
+        except OutOfMemoryError:
+            raise
+        except (UserError, ImportError, OSError):
+            _take_back(member.folder)
+            raise
         if ended(member.folder) is None:
             return Outcome("interrupted" if status in (130, 143) else "failed", f"exit status {status}")
         shutil.rmtree(member.folder / "checkpoints", ignore_errors=True)
         return Outcome("finished")
+
+
+def _take_back(folder: Path) -> None:
+    """What stops the sweep is no result of the condition that met it: its run is one that can go on."""
+    with suppress(UserError):
+        summary = read_json(folder / "summary.json")
+        if summary is not None and summary["status"] == "failed":
+            write_json(folder / "summary.json", summary | {"status": "interrupted"})
 
 
 @contextmanager

@@ -66,10 +66,8 @@ def test_unquantised_lanes_are_runs_of_their_own_to_1e_6(lab, axes):
 FORMATS = (("e5m2", "e5m2 w.pow2=1"), ("e7m0", "e7m0 w.pow2=1"), ("hybrid", "hybrid w.pow2=1"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "optimizer", ["grid", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("adamw", "relative"))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("optimizer", ["adamw", "grid", "relative"])
 def test_lanes_of_formats_are_runs_of_their_own(lab, optimizer):
     exps = experiments(lab, recipes=FORMATS, optimizers=(optimizer,), seeds=(1,), exclude=())
     together = losses_together(exps)

@@ -7,7 +7,8 @@ import pytest
 
 from altgrad_jax.config import get, load_config
 from altgrad_jax.errors import UsageError
-from altgrad_jax.sweep.groups import groups
+from altgrad_jax.sweep.groups import groups as groups_of
+from altgrad_jax.sweep.groups import program_keys
 from altgrad_jax.sweep.matrix import conditions
 from altgrad_jax.sweep.search import search_conditions
 from tests.forks import ROOT
@@ -18,6 +19,10 @@ def matrix(argument: str = "quick", **changes):
     found = load_config(f"{ROOT / 'configs' / 'matrix.py'}:{argument}")
     found.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return found
+
+
+def groups(found, together: int):
+    return groups_of(found, program_keys(found)[1], together)
 
 
 def names(*args, **kwargs) -> list[str]:
@@ -98,6 +103,10 @@ def test_a_condition_names_the_command_that_would_run_it_alone():
         ({"optimizers": ("adamw", "adam")}, "'adam' has no settings; config.optimizer_settings has adamw, before"),
         ({"optimizers": ()}, "config.optimizers=.* must name one or more"),
         ({"seeds": (1, 1)}, "none of them twice"),
+        ({"seeds": (0, "a")}, "config.seeds: 'a' is none of the whole numbers"),
+        ({"seeds": (0, 2**31)}, "2147483648 is not from 0"),
+        ({"rates": ("x",)}, "config.rates: 'x' is none of the numbers"),
+        ({"exclude": (1,)}, "config.exclude: 1 is none of the texts"),
         ({"recipes": (("a", "e5m2"), ("a", "e4m3"))}, "more than once"),
         ({"recipes": ("e5m2",)}, r"must be \(\(name, text\), ...\)"),
         ({"recipes": (("a b", "e5m2"), ("a-b", "e4m3")), "exclude": ()}, "two conditions have one name"),
@@ -113,7 +122,8 @@ def test_a_matrix_that_cannot_be(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"search.factors": (1.0, 0.0), "search.recipes": ("e5m2",)}, "must be above 0"),
+        ({"search.factors": (1.0, 0.0), "search.recipes": ("e5m2",)}, "must be numbers above 0"),
+        ({"search.factors": ("a",), "search.recipes": ("e5m2",)}, "must be numbers above 0"),
         ({"search.factors": (1.0,), "search.recipes": ("e5m3",)}, "'e5m3' is none of config.recipes"),
         ({"search.factors": (1.0,)}, "needs recipes and seeds"),
         ({"search.factors": (1.0,), "search.recipes": ("e5m2",), "search.seeds": (1,)}, "also among config.seeds"),
@@ -142,6 +152,25 @@ def test_formats_seeds_and_rates_share_a_program_and_optimizers_do_not():
         assert len({c.facts["optimizer"] for c in group}) == 1
         assert len({c.facts["recipe"] == "bf16" for c in group}) == 1
     assert sorted(c.name for g in together for c in g) == sorted(c.name for c in found)
+
+
+def test_the_search_has_rates_and_seeds_of_its_own():
+    """An exclusion of some of the matrix's is none of the search's."""
+    changes = {"search.factors": (1.0, 2.0), "search.recipes": ("e5m2",), "rates": (1.0, 2.0)}
+    found = matrix(**changes, exclude=("recipe=bf16 optimizer=relative", "rate=2.0 optimizer=adamw"))
+    tried = [(c.facts["optimizer"], c.facts["rate"]) for c in search_conditions(found, PLAIN)]
+    assert ("adamw", 2.0) in tried
+
+
+def test_what_is_known_when_a_state_begins_or_in_doubles_alone_is_not_traced():
+    """Madam's bound on the weights; Adam's 1 - b."""
+    found = matrix(seeds=(0,), optimizers=("adamw",), exclude=())
+    with found.unlocked():
+        found.optimizer_settings.adamw.b2 = 0.99
+        found.optimizer_settings.other = found.optimizer_settings.adamw.copy_and_resolve_references()
+        found.optimizer_settings.other.b2 = 0.9
+    found.optimizers = ("adamw", "other")
+    assert all(len({c.facts["optimizer"] for c in g}) == 1 for g in groups(conditions(found, PLAIN), 9))
 
 
 def test_groups_are_cut_into_parts_of_nearly_one_size():
