@@ -193,11 +193,12 @@ def test_wide_formats_have_a_program_of_their_own():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"base.task": "classify"},
         {"base.stability.rewinds": 1},
         {"base.checkpoint.restore_from": "runs/x"},
         {"base.precision.backend": "native", "exclude": ("recipe=bf16",)},
     ],
-    ids=["rewinds", "restore_from", "native"],
+    ids=["classify", "rewinds", "restore_from", "native"],
 )
 def test_what_needs_a_run_of_its_own(changes):
     found = conditions(matrix(**changes), PLAIN)

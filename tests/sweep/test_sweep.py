@@ -73,12 +73,35 @@ def test_every_condition_has_a_work_directory_like_any_runs(done):
         assert f"{condition['recipe']}-{condition['optimizer']}-seed{condition['seed']}" == name
         assert condition["matrix"] == "quick" and condition["together"] == 4
         assert manifest["sessions"][0]["command"][:3] == ["python", "-m", "altgrad_jax.main"]
-        assert manifest["identity"]["seed"] == condition["seed"] and "problem" not in manifest["audit"]
+        assert manifest["identity"]["seed"] == condition["seed"]
+        own = condition["recipe"]
+        assert any(f"asked {own} x {own}" in line for line in manifest["audit"]["products"]), "its own, not the first's"
         assert summary(done / name)["status"] == "finished"
         records = read_metrics(done / name / "metrics.jsonl")
         assert [r["step"] for r in records if "train/loss" in r] == list(range(1, 13))
         assert [r["step"] for r in records if "val/loss" in r] == [0, 6, 12]
     assert not list(done.glob("compiled*")) and not list((done / "groups").glob("*"))
+
+
+def test_the_time_left_is_that_of_the_steps_left(lab, tmp_path, monkeypatch, capsys):
+    """At the speed of this session's steps: not of what had ended before, nor where a group went on."""
+    now = 0.0
+    monkeypatch.setattr("altgrad_jax.sweep.progress.time.monotonic", lambda: now)
+    found = conditions(tiny_matrix(lab, **ONE_GROUP), PLAIN)  # 4 of 12 steps each
+    (tmp_path / found[3].name).mkdir()
+    (tmp_path / found[3].name / "summary.json").write_text('{"status": "finished", "final": {}}')
+    progress = Progress(make_console())
+    progress.plan(found, tmp_path)
+    progress.begin([found[0].name, found[1].name])
+    progress.tell("step", 4)  # it went on from step 3, say
+    now = 100.0
+    progress.tell("step", 9)  # 10 steps in 100 s; 2 x 3 + 12 are left
+    assert capsys.readouterr().out.splitlines()[-1] == "[1/4  eta 0:03:00]  step 9/12"
+    for condition in found[:2]:
+        progress.ended(condition.name, "finished")
+    progress.ended(found[2].name, "diverged")
+    assert capsys.readouterr().out.splitlines()[-1] == f"[4/4]  {found[2].name} diverged"
+    assert progress.statuses() == {"finished": 3, "diverged": 1}
 
 
 def test_what_has_ended_is_not_repeated(done, lab, capsys):
@@ -97,14 +120,14 @@ def test_a_folder_of_other_settings_is_refused(done, lab):
 
 def test_a_condition_alone_gives_the_same_losses(done, lab, tmp_path):
     """Through the main job, with the configuration that the condition's folder says it had."""
-    config = json.loads((done / "e5m2-adamw-seed1" / "config.json").read_text())
+    config = json.loads((done / "e3m4-adamw-seed1" / "config.json").read_text())
     changed = {f"{s}__{k}": v for s in ("train", "optimizer", "diagnostics") for k, v in config[s].items()}
     changed |= {"seed": 1, "precision__rules": tuple(map(tuple, config["precision"]["rules"]))}
     changed["diagnostics__questions"] = ()
     assert lab.train(tmp_path / "alone", **changed) == 0
     alone, together = (
         np.array([r["train/loss"] for r in read_metrics(path / "metrics.jsonl") if "train/loss" in r])
-        for path in (tmp_path / "alone", done / "e5m2-adamw-seed1")
+        for path in (tmp_path / "alone", done / "e3m4-adamw-seed1")
     )
     np.testing.assert_allclose(together, alone, rtol=1e-3)  # bfloat16 activations
 
