@@ -17,6 +17,14 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 MANY_MAPS = 30_000  # Linux refuses a process more than 65 530 by default
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is exhaustive is slow too, so that `-m "not slow"` leaves it out."""
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
     """Drops compiled programs before they exhaust the memory maps of this process: each takes several."""
