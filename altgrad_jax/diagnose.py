@@ -15,8 +15,8 @@ from jax import lax
 
 from altgrad_jax.diagnostics import curvature, gradients, quantisation, sensitivity, shadow, spectra
 from altgrad_jax.diagnostics import weights as weight_updates
+from altgrad_jax.layers import layer_weights
 from altgrad_jax.loss_scale import LossScale
-from altgrad_jax.model import layer_weights
 from altgrad_jax.objectives import NEXT_TOKEN, Objective
 from altgrad_jax.precision.policy import Policy
 from altgrad_jax.state import TrainState

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.flops import peak_of
+from altgrad_jax.layers import layer_shapes
 from altgrad_jax.loss_scale import LossScale, parse_loss_scale
 from altgrad_jax.machine import memory_errors
-from altgrad_jax.model import GPTConfig, gpt_config, layer_shapes
+from altgrad_jax.model import GPTConfig, gpt_config
 from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS, needs_formats
 from altgrad_jax.parallel import DataParallel, DeviceStep

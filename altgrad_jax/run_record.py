@@ -15,7 +15,7 @@ from altgrad_jax import provenance
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.experiment import Experiment
-from altgrad_jax.model import parameter_counts
+from altgrad_jax.layers import parameter_counts
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
 from altgrad_jax.precision.audit import Audit

@@ -20,7 +20,8 @@ from flax import nnx
 from altgrad_jax import checkpoint, cli
 from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.errors import UsageError, UserError
-from altgrad_jax.model import UNQUANTISED, GPTConfig, KVCache, Quantised, gpt_config, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import UNQUANTISED, GPTConfig, KVCache, Quantised, gpt_config
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, model_structure
 from altgrad_jax.weights import Weights, unpack

@@ -17,8 +17,9 @@ from flax import nnx
 from jax import lax
 
 from altgrad_jax.diagnostics.gradients import init_counts, quiet_steps
+from altgrad_jax.layers import layer_weights
 from altgrad_jax.loss_scale import LossScale, all_finite
-from altgrad_jax.model import UNQUANTISED, Quantised, layer_weights
+from altgrad_jax.model import UNQUANTISED, Quantised
 from altgrad_jax.objectives import NEXT_TOKEN, Objective, pooled_logits
 from altgrad_jax.precision.dot import Prepared, Probe
 from altgrad_jax.precision.policy import Policy

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from altgrad_jax.model import layer_of_parameter, layer_weights
+from altgrad_jax.layers import layer_of_parameter, layer_weights
 from altgrad_jax.optimizers.grids import apply_on_grids, map_with_grids, snap_to_grids
 from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.grid import Grid

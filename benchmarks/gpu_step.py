@@ -29,7 +29,7 @@ from gpt_sizes import RECIPES, SIZES, config_of, model_of, throughput
 from ml_collections import ConfigDict
 from timing import seconds_of, speed_over
 
-from altgrad_jax.model import parameter_counts
+from altgrad_jax.layers import parameter_counts
 from altgrad_jax.precision.audit import audit
 from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu, has_wgmma, target_device
 from altgrad_jax.program import Program, build_program

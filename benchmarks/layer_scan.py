@@ -34,8 +34,9 @@ from flax import nnx
 from jax import lax
 from timing import in_turn
 
+from altgrad_jax.layers import layer_shapes, layer_weights
 from altgrad_jax.losses import token_cross_entropy
-from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.precision.scaling import next_state
 from altgrad_jax.precision.target import GPU_TARGETS, absent_gpu, on_cpu, target_device

@@ -16,7 +16,8 @@ from altgrad_jax.data.labels import open_labels
 from altgrad_jax.diagnostics.curvature import largest_eigenvalues
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.flops import model_flops_per_token
-from altgrad_jax.model import UNQUANTISED, GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import UNQUANTISED, GPTConfig
 from altgrad_jax.objectives import LabelLoss, pooled_logits
 from altgrad_jax.parallel import DataParallel
 from altgrad_jax.precision.policy import resolve

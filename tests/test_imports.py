@@ -20,6 +20,7 @@ LAYERS = (
     ("__init__", "errors", "allocator", "interrupt", "meter", "multilabel"),
     ("precision", "recomputation"),
     ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
+    ("layers",),
     ("weights", "flops", "objectives"),
     ("state",),
     ("diagnostics",),

@@ -12,8 +12,9 @@ from altgrad_jax import loss_scale
 from altgrad_jax.diagnose import make_diagnose_step
 from altgrad_jax.diagnostics import quantisation
 from altgrad_jax.errors import UsageError
+from altgrad_jax.layers import layer_shapes
 from altgrad_jax.loss_scale import LossScale, all_finite, parse_loss_scale
-from altgrad_jax.model import GPTConfig, layer_shapes
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.stability import healthy

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from altgrad_jax.model import GPT, GPTConfig, KVCache, Linear, _dropout, attention_implementation, parameter_counts
+from altgrad_jax.layers import parameter_counts
+from altgrad_jax.model import GPT, GPTConfig, KVCache, Linear, _dropout, attention_implementation
 from altgrad_jax.state import init_params, leaf_names, model_structure
 from tests import numpy_gpt
 

@@ -15,7 +15,8 @@ import optax
 import pytest
 from flax import nnx
 
-from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.parallel import DataParallel
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.sample import generate

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.policy import resolve
 from altgrad_jax.state import init_params, model_structure
 from altgrad_jax.step import window_loss

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.policy import resolve
 from altgrad_jax.state import init_params, leaf_names
 from altgrad_jax.weights import PackedWeight, Weights, tree_bytes, unpack

@@ -49,6 +49,17 @@ class Windows:
         return index * self._block_size, (index + 1) * self._block_size + 1
 
 
+def endless(count: int, seed: int) -> grain.MapDataset:
+    """Indices below `count`, all of them in a new order each epoch, without end."""
+    return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
+
+
+def share(order: grain.MapDataset, step: int, batch_size: int, host: int, hosts: int) -> list[int]:
+    """A host's indices of a step: of the step's `batch_size`, those that are `host` modulo `hosts`."""
+    first = step * batch_size
+    return [order[i] for i in range(first + host, first + batch_size, hosts)]
+
+
 @dataclass(frozen=True)
 class TrainBatches:
     """This host's share of the training batches.
@@ -74,8 +85,7 @@ class TrainBatches:
 
     def _order(self) -> grain.MapDataset:
         """The endless sequence of window indices."""
-        count = len(Windows(self.cache, "train", self.block_size))
-        return grain.MapDataset.source(range(count)).seed(self.seed).shuffle().repeat()
+        return endless(len(Windows(self.cache, "train", self.block_size)), self.seed)
 
     def from_step(self, step: int) -> Iterator[npt.NDArray[np.int32]]:
         """Batches of this host from a step on, [batch_size / hosts, block_size + 1].
@@ -86,15 +96,14 @@ class TrainBatches:
         windows, order = Windows(self.cache, "train", self.block_size), self._order()
 
         def batch(step: int) -> npt.NDArray[np.int32]:
-            first = step * self.batch_size
-            return windows.rows([order[i] for i in range(first + self.host, first + self.batch_size, self.hosts)])
+            return windows.rows(share(order, step, self.batch_size, self.host, self.hosts))
 
         return map(batch, itertools.count(step))
 
     def windows_of(self, step: int) -> list[int]:
         """Indices of the windows of a step, over all hosts."""
         order = self._order()
-        return [int(order[i]) for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        return [int(i) for i in share(order, step, self.batch_size, 0, 1)]
 
     def documents_of(self, step: int) -> list[list[str]]:
         """Ids of the documents in each window of a step."""

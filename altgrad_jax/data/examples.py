@@ -15,10 +15,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_jax.data.batches import endless, share
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.data.label_set import LabelSet
 
@@ -116,26 +116,21 @@ class ExampleBatches:
         """Those of the train split."""
         return Examples(self.cache, "train", self.cutting)
 
-    def _order(self, count: int) -> grain.MapDataset:
-        """The endless sequence of examples' indices."""
-        return grain.MapDataset.source(range(count)).seed(self.seed).shuffle().repeat()
-
     def from_step(self, step: int) -> Iterator[npt.NDArray[np.int32]]:
         """Batches of this host from a step on, [batch_size / hosts, T + 1 + labels]."""
         examples, targets = self.examples, self.label_set.targets("train")
-        order = self._order(len(examples))
+        order = endless(len(examples), self.seed)
 
         def batch(step: int) -> npt.NDArray[np.int32]:
-            first = step * self.batch_size
-            mine = [order[i] for i in range(first + self.host, first + self.batch_size, self.hosts)]
+            mine = share(order, step, self.batch_size, self.host, self.hosts)
             return examples.rows(mine, targets)
 
         return map(batch, itertools.count(step))
 
     def examples_of(self, step: int) -> list[int]:
         """Indices of the examples of a step, over all hosts."""
-        order = self._order(len(self.examples))
-        return [int(order[i]) for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        order = endless(len(self.examples), self.seed)
+        return [int(i) for i in share(order, step, self.batch_size, 0, 1)]
 
     def documents_of(self, step: int) -> list[str]:
         """Id of the document of each example of a step."""

@@ -34,7 +34,8 @@ import optax
 from flax import nnx
 from jax import lax
 
-from altgrad_jax.model import UNQUANTISED, layer_weights
+from altgrad_jax.layers import layer_weights
+from altgrad_jax.model import UNQUANTISED
 from altgrad_jax.precision.dot import Prepared, operand_pair
 from altgrad_jax.precision.policy import TABLES, Policy
 from altgrad_jax.precision.recipes import ROLES

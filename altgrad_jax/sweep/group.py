@@ -4,6 +4,7 @@ The group has one folder of checkpoints: killed, it goes on from the newest, and
 diverges is a result like others: its folder is closed, and the rest go on.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from altgrad_jax.sweep.requests import Member, ended
 from altgrad_jax.tracking import MetricsFile, read_metrics
 from altgrad_jax.workdir import Workdir
 
+log = logging.getLogger(__name__)
 Tell = Callable[[str, int], None]
 RUNNING = "running"
 
@@ -118,7 +120,12 @@ class _Group:
             parallel.to_global_abstract(self._programs.abstract()), self._identity
         )
         if restored is not None and not all(_reaches(place, restored.step) for place in self._active()):
-            restored = None  # another group of these conditions was begun since: what it logged is gone
+            log.warning(
+                "the checkpoint of step %d is not used: conditions of its group have been begun anew since, in another"
+                " group, and the steps before it are logged no more; they begin at step 0",
+                restored.step,
+            )
+            restored = None
         if restored is None:
             self.lanes = self._programs.fresh()
         else:

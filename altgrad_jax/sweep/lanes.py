@@ -80,17 +80,13 @@ class Lanes:
         self._options = tuple(key for key in TRACED_OPTIONS if len({c.optimizer[key] for c in configs}) > 1)
         steps = config.train.steps_per_dispatch
 
+        shared: dict[str, Any] = {"loss_chunk": first.loss_chunk, "loss_scale": first.loss_scale}
+        shared |= {"policy": policy, "weights": weights}
+
         def train_step(lane: Lane, tokens: Array) -> tuple[Lane, dict[str, Array]]:
+            optimizer, schedule = self._optimizer(lane.options, lane.seed), self._schedule(lane.options)
             step = make_train_step(
-                first.graphdef,
-                self._optimizer(lane.options, lane.seed),
-                self._schedule(lane.options),
-                loss_chunk=first.loss_chunk,
-                seed=lane.seed,
-                policy=policy,
-                loss_scale=first.loss_scale,
-                weights=weights,
-                counting=first.counting,
+                first.graphdef, optimizer, schedule, seed=lane.seed, counting=first.counting, **shared
             )
             state, metrics = several(step, steps)(lane.state, tokens)
             return replace(lane, state=state), metrics
@@ -103,14 +99,11 @@ class Lanes:
             step = make_diagnose_step(
                 first.graphdef,
                 shadow,
-                loss_chunk=first.loss_chunk,
                 seed=lane.seed,
-                policy=policy,
-                loss_scale=first.loss_scale,
-                weights=weights,
                 windows=asked.windows,
                 tokens=asked.tokens,
                 lanczos_steps=asked.lanczos_steps,
+                **shared,
             )
             return step(lane.state, tokens, **questions)
 

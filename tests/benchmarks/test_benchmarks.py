@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from altgrad_jax.model import GPTConfig, layer_shapes
+from altgrad_jax.layers import layer_shapes
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.kernels.tiles import Product, Tiles, load_tiles
 from altgrad_jax.precision.policy import resolve
 from tests.forks import ROOT

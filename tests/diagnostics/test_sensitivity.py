@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from altgrad_jax.diagnostics import sensitivity
-from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.grid import Grid
 from altgrad_jax.precision.policy import TABLES, Policy, resolve
 from altgrad_jax.precision.recipes import ROLES

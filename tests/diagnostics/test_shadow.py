@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from altgrad_jax.diagnose import make_diagnose_step
 from altgrad_jax.diagnostics import shadow
 from altgrad_jax.diagnostics.questions import is_of_one_layer
+from altgrad_jax.layers import layer_shapes
 from altgrad_jax.loss_scale import LossScale
-from altgrad_jax.model import GPTConfig, layer_shapes
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, init_state, leaf_names, model_structure
 from tests import numpy_gpt

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from altgrad_jax.model import GPTConfig, layer_shapes, layer_weights
+from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision import policy as policies
 from altgrad_jax.precision.formats import get_format
 from altgrad_jax.precision.policy import Policy, parse_rule, resolve

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from altgrad_jax.diagnose import make_diagnose_step
+from altgrad_jax.layers import layer_shapes
 from altgrad_jax.loss_scale import LossScale
-from altgrad_jax.model import GPTConfig, layer_shapes
+from altgrad_jax.model import GPTConfig
 from altgrad_jax.precision.formats import family
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, init_state, model_structure

@@ -250,7 +250,7 @@ def test_a_full_disk_is_no_result_of_a_condition_alone(lab, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_group_begun_again_elsewhere_does_not_go_on_from_its_old_checkpoint(lab, tmp_path):
+def test_a_group_begun_again_elsewhere_does_not_go_on_from_its_old_checkpoint(lab, tmp_path, caplog):
     """Else the steps before that checkpoint would be missing from what is logged."""
     unit, _ = a_unit(lab, tmp_path)
     members = [Member(c.name, tmp_path / c.name, c.config, c.facts, c.command) for c in unit.conditions[:2]]
@@ -266,6 +266,7 @@ def test_a_group_begun_again_elsewhere_does_not_go_on_from_its_old_checkpoint(la
     path = tmp_path / members[0].name / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     assert train_together(members, tmp_path / "group", stop_at(0)) == "finished"
+    assert "the checkpoint of step 6 is not used" in caplog.text
     for member in members:
         steps = [r["step"] for r in read_metrics(member.folder / "metrics.jsonl") if "train/loss" in r]
         assert steps == list(range(1, 13))
