@@ -192,3 +192,15 @@ def test_float32_is_not_tf32_on_a_gpu(tmp_path):
     found = json.loads(out.read_text())
     gemms = [gemm for product in found["products"] for gemm in product["gemms"]] + found["others"]
     assert {tuple(gemm["met"]) for gemm in gemms} == {("float32", "float32")}
+
+
+@pytest.mark.parametrize(("raised", "says"), [(AssertionError(), "AssertionError"), (RuntimeError("a\nb"), "a")])
+def test_without_the_compiler_for_gpus(monkeypatch, raised, says):
+    """However JAX puts it that the plugin is missing; its assertions may say nothing."""
+
+    def missing(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("altgrad_jax.precision.target.topologies.get_topology_desc", missing)
+    with pytest.raises(RuntimeError, match=rf"not here \({says}\); pip install"):
+        absent_gpu("h100")

@@ -116,7 +116,7 @@ def _ends(a: Array, b: Array) -> tuple[Array, Array]:
     last = jnp.sum(used) - 1
     bounds = jnp.abs(b[last] * vectors[last])
     keep = jnp.arange(a.size) <= last
-    return tuple(jnp.where(keep, x[::-1], jnp.nan) for x in (eigenvalues, bounds))  # type: ignore[return-value]
+    return jnp.where(keep, eigenvalues[::-1], jnp.nan), jnp.where(keep, bounds[::-1], jnp.nan)
 
 
 def name(values: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]) -> dict[str, float]:

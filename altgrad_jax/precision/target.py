@@ -79,8 +79,9 @@ def absent_gpu(name: str) -> jax.Device:
     try:
         found = topologies.get_topology_desc("", "cuda", target_config=GPU_TARGETS[name].describe(), topology="1x1x1")
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]  # JAX's assertions may say nothing
         raise RuntimeError(
-            f"cannot compile for {name}: XLA's compiler for GPUs is not here ({str(e).splitlines()[0]});"
+            f"cannot compile for {name}: XLA's compiler for GPUs is not here ({reason});"
             ' pip install -e ".[gpu-compiler]" (Linux)'
         ) from e
     return found.devices[0]
