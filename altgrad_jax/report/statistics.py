@@ -1,24 +1,33 @@
 """What a few seeds can say about a difference: paired t intervals and tests, corrected for how many are asked.
 
+A test that finds no difference does not show that there is none: that is a test of its own, whose null hypothesis is a
+difference of at least a margin.
+
 Two conditions that share seeds share initial weights and the order of the data, so their losses are compared seed by
 seed. With d_1 ... d_n the differences, m their mean and s their standard deviation (n - 1 in the denominator),
 
     interval   m +- t s / sqrt(n), t the (1 + confidence) / 2 quantile of Student's distribution with n - 1 degrees
     p          two-sided, of m sqrt(n) / s under the same distribution: the paired t test
+    TOST       the larger p of two one-sided t tests, that m is above -margin and that m is below +margin: small if the
+               true difference lies within the margin (below 0.05 where the 90 % interval does)
     Holm       p values ascending p_(1) <= ... <= p_(k), adjusted to max over j <= i of min(1, (k - j + 1) p_(j))
 
-(Holm 1979, A simple sequentially rejective multiple test procedure). One seed has no interval and no p. Differences
-that are all zero are no effect: the interval [0, 0] and p = 1.
+(Schuirmann 1987, A comparison of the two one-sided tests procedure and the power approach; Holm 1979, A simple
+sequentially rejective multiple test procedure). One seed has no interval and no p. Differences that are all zero are no
+effect: the interval [0, 0], p = 1, and equivalent within any margin.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+LEVEL = 0.05  # of tests, after correction
+MARGIN = 0.05  # nats per token: a perplexity 5 % higher or lower
+WORSE, BETTER, EQUIVALENT, UNDECIDED, UNTESTED = "worse", "better", "equivalent", "not decided", "not tested"
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,12 @@ class Paired:
 NOTHING = Paired(0, math.nan, math.nan, math.nan, math.nan)
 
 
+def shared_differences(values: Mapping[int, float], reference: Mapping[int, float]) -> tuple[float, ...]:
+    """values - reference of the seeds in both whose two values are finite, by ascending seed."""
+    shared = [s for s in values if s in reference and math.isfinite(values[s]) and math.isfinite(reference[s])]
+    return tuple(values[s] - reference[s] for s in sorted(shared))
+
+
 def paired(values: Mapping[int, float], reference: Mapping[int, float], confidence: float = CONFIDENCE) -> Paired:
     """The difference values - reference over the seeds in both whose two values are finite.
 
@@ -61,8 +76,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float], confiden
       reference: likewise.
       confidence: of the interval.
     """
-    shared = [s for s in values if s in reference and math.isfinite(values[s]) and math.isfinite(reference[s])]
-    return of_differences([values[s] - reference[s] for s in sorted(shared)], confidence)
+    return of_differences(shared_differences(values, reference), confidence)
 
 
 def of_differences(differences: Sequence[float], confidence: float = CONFIDENCE) -> Paired:
@@ -98,11 +112,103 @@ def _exp(x: float) -> float:
     return math.exp(x) if math.isnan(x) or x < 700 else math.inf
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values, in the order given; those that are NaN were not tested, stay NaN and do not count."""
-    tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    adjusted, largest = [math.nan] * len(p_values), 0.0
-    for rank, (p, i) in enumerate(tested):
+def equivalence(differences: Sequence[float], margin: float = MARGIN) -> float:
+    """p of the two one-sided paired t tests (TOST): small if the mean difference lies within +-margin.
+
+    Args:
+      differences: one a seed.
+      margin: above zero, in the differences' unit.
+
+    Returns:
+      p; NaN with fewer than two differences.
+    """
+    if len(differences) < 2:
+        return math.nan
+    if min(differences) == max(differences):  # scipy divides by their spread
+        return 0.0 if abs(differences[0]) < margin else 1.0
+    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def holm(p_values: Sequence[float], same: Sequence[Hashable] | None = None) -> list[float]:
+    """Adjusted p values, in the order given; those that are NaN were not tested, stay NaN and do not count.
+
+    Args:
+      p_values: of one family.
+      same: what each tests; those that are equal are one test under several names and count once. None: all differ.
+    """
+    keys: Sequence[Hashable] = range(len(p_values)) if same is None else same
+    tested = sorted({key: p for key, p in zip(keys, p_values, strict=True) if not math.isnan(p)}.items(), key=_p)
+    adjusted: dict[Hashable, float] = {}
+    largest = 0.0
+    for rank, (key, p) in enumerate(tested):
         largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        adjusted[i] = largest
-    return adjusted
+        adjusted[key] = largest
+    return [math.nan if math.isnan(p) else adjusted[key] for key, p in zip(keys, p_values, strict=True)]
+
+
+def _p(test: tuple[Hashable, float]) -> float:
+    return test[1]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A difference with both of its tests, each corrected for its family.
+
+    Attributes:
+      found: the difference.
+      p: of the paired t test, Holm-corrected; NaN where there were fewer than two pairs.
+      p_equivalent: of the equivalence test, Holm-corrected; NaN likewise.
+      margin: of the equivalence test.
+      family: how many comparisons each correction is for.
+    """
+
+    found: Paired
+    p: float
+    p_equivalent: float
+    margin: float
+    family: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether a difference was shown."""
+        return self.p < LEVEL
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether it was shown to be within the margin."""
+        return self.p_equivalent < LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """EQUIVALENT if that was shown, though it may differ by less; else WORSE, BETTER, UNDECIDED or UNTESTED."""
+        if math.isnan(self.p):
+            return UNTESTED
+        if self.equivalent:
+            return EQUIVALENT
+        return (WORSE if self.found.mean > 0 else BETTER) if self.differs else UNDECIDED
+
+    @property
+    def words(self) -> str:
+        """The verdict with the margin: "equivalent within 0.05"."""
+        if self.verdict != EQUIVALENT:
+            return self.verdict
+        less = f" ({WORSE if self.found.mean > 0 else BETTER} by less)" if self.differs else ""
+        return f"equivalent within {self.margin:g}{less}"
+
+
+def decide(differences: Sequence[tuple[float, ...]], margin: float = MARGIN) -> list[Tested]:
+    """Both tests of every comparison of a family, in the order given.
+
+    Comparisons whose differences are equal to the last digit are one experiment under two names and count once.
+
+    Args:
+      differences: of each comparison, one a seed, as `shared_differences` gives them.
+      margin: of equivalence.
+    """
+    found = [of_differences(of) for of in differences]
+    p = holm([one.p for one in found], differences)
+    p_equivalent = holm([equivalence(of, margin) for of in differences], differences)
+    family = len({of for of, one in zip(differences, found, strict=True) if not math.isnan(one.p)})
+    return [Tested(one, a, b, margin, family) for one, a, b in zip(found, p, p_equivalent, strict=True)]

@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from altgrad_jax.report.statistics import NOTHING, holm, of_differences, paired, ratio
+from altgrad_jax.report.statistics import (
+    BETTER,
+    EQUIVALENT,
+    NOTHING,
+    UNDECIDED,
+    UNTESTED,
+    WORSE,
+    decide,
+    equivalence,
+    holm,
+    of_differences,
+    paired,
+    ratio,
+)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
@@ -72,3 +85,59 @@ def test_intervals_cover_and_families_of_nothing_stay_quiet():
         alarms += min(holm([one.p for one in found])) < 0.05
     assert covered / (8 * families) == pytest.approx(0.95, abs=0.015)
     assert alarms / families < 0.05 + 3 * math.sqrt(0.05 * 0.95 / families)
+
+
+@pytest.mark.parametrize(("n", "margin"), [(2, 0.1), (3, 0.05), (8, 0.3)])
+def test_equivalence_is_two_one_sided_tests(n, margin):
+    """p < 0.05 exactly where the 90 % interval lies within the margin."""
+    draw = np.random.default_rng(n)
+    for _ in range(50):
+        d = draw.normal(draw.uniform(-2 * margin, 2 * margin), margin / 2, n).tolist()
+        inside = of_differences(d, 0.9)
+        assert (equivalence(d, margin) < 0.05) == (-margin < inside.low and inside.high < margin)
+
+
+def test_equivalence_by_hand():
+    """Differences -1, 0, 1: t = margin / (1 / sqrt(3)), with 2 degrees of freedom p = (1 - t / sqrt(2 + t^2)) / 2."""
+    t = 2 * math.sqrt(3)
+    assert equivalence([-1.0, 0.0, 1.0], 2.0) == pytest.approx((1 - t / math.sqrt(2 + t * t)) / 2)
+    assert math.isnan(equivalence([0.1], 1.0)) and math.isnan(equivalence([], 1.0))
+    assert [equivalence([d, d], 0.05) for d in (0.0, 0.04, -0.06)] == [0.0, 0.0, 1.0]
+
+
+def test_one_experiment_under_two_names_counts_once():
+    assert holm([0.01, 0.01, 0.04], ["a", "a", "b"]) == [0.02, 0.02, 0.04]
+    assert holm([0.01, 0.01, 0.04]) == [0.03, 0.03, 0.04]
+    worse, twin = (0.5, 0.6, 0.55), (0.5, 0.6, 0.55)
+    found = decide([worse, twin, (0.01, -0.01, 0.0), (0.2,)])
+    assert [one.family for one in found] == [2, 2, 2, 2]  # the last has one seed: it is not tested
+    assert found[0] == found[1] and found[0].p == pytest.approx(2 * found[0].found.p)
+
+
+def test_three_verdicts_and_no_test():
+    """Few seeds that scatter decide nothing; a difference below the margin is said to be one."""
+    family = decide(
+        [
+            (0.50, 0.51, 0.52),
+            (-0.50, -0.51, -0.52),
+            (0.001, -0.002, 0.0),
+            (0.0200, 0.0201, 0.0202),
+            (0.4, -0.3, 0.2),
+            (1.0,),
+        ],
+        0.05,
+    )
+    assert [one.verdict for one in family] == [WORSE, BETTER, EQUIVALENT, EQUIVALENT, UNDECIDED, UNTESTED]
+    assert [one.words for one in family[2:4]] == ["equivalent within 0.05", "equivalent within 0.05 (worse by less)"]
+    assert decide([(0.06, 0.05, 0.07)], 0.01)[0].verdict == WORSE
+    assert decide([(0.06, 0.05, 0.07)], 0.1)[0].verdict == EQUIVALENT
+
+
+def test_equivalence_is_claimed_falsely_at_most_one_time_in_twenty():
+    """The truth is the margin itself: of families of 8 at most 5 % claim any equivalence."""
+    draw = random.Random(1)
+    claims = 0
+    for _ in range(300):
+        family = decide([tuple(draw.gauss(0.05, 0.02) for _ in range(5)) for _ in range(8)])
+        claims += any(one.equivalent for one in family)
+    assert claims / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
