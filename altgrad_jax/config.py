@@ -1,4 +1,4 @@
-"""Configuration: loading a config file's neighbour, and checking every value before any work is done.
+"""Configuration: loading config files, and checking every value before any work is done.
 
 Types are held by ml_collections (a locked `ConfigDict` takes no unknown key and no wrong type). What it cannot know,
 the ranges, the names allowed and the rules across fields, is here, and every violation is reported at once.
@@ -78,35 +78,56 @@ DIAGNOSTIC_INTERVALS = ("diagnostics.quant_every", "diagnostics.shadow_every")
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
 
 
-def load_config(file_and_variant: str) -> ConfigDict:
-    """The locked configuration of FILE[:VARIANT], what follows the colon being the argument of its `get_config`.
+SHIPPED = Path(__file__).with_name("configs")  # in a clone a link to the top-level folder, in an installation copies
+
+
+def load_config(name_and_variant: str) -> ConfigDict:
+    """The locked configuration of NAME[:VARIANT] or FILE[:VARIANT]; the variant is the argument of its `get_config`.
+
+    A name is that of a config that comes with the package: "bf16" means the same in every folder.
 
     Raises:
-      UsageError: the file is missing, cannot be run, or gives no ConfigDict.
+      UsageError: there is no such config, or it cannot be run, or gives no ConfigDict.
     """
-    file, colon, variant = file_and_variant.partition(":")
-    if not Path(file).is_file():
-        raise UsageError(f"--config: there is no file {file or '(empty name)'}")
+    name, colon, variant = name_and_variant.partition(":")
+    file = SHIPPED / f"{name}.py" if name.isidentifier() else Path(name)
+    if not file.is_file():
+        raise UsageError(f"--config: {_not_there(name)}")
     try:
-        config = _run_file(Path(file)).get_config(*([variant] if colon else []))
+        config = _run_file(file).get_config(*([variant] if colon else []))
     except UserError:
         raise
     except Exception as e:  # whatever the user's file raises when it is run
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise UsageError(f"--config: {file_and_variant} could not be loaded: {reason}") from e
+        raise UsageError(f"--config: {name_and_variant} could not be loaded: {reason}") from e
     if not isinstance(config, ConfigDict):
-        raise UsageError(f"--config: {file} did not return a ConfigDict")
+        raise UsageError(f"--config: {name} did not return a ConfigDict")
     return config.lock()
 
 
-def load_sibling(file: str, name: str) -> ModuleType:
-    """Imports `name`.py from the folder of `file`, wherever the process was started.
+def _not_there(name: str) -> str:
+    """Why no file was found, and what to write instead."""
+    shipped = [path.stem for path in shipped_configs()]
+    if name.isidentifier():
+        return f"there is no config {name!r}: give one of {', '.join(shipped)}, or a file, such as ./{name}.py"
+    known = f"; {Path(name).stem!r} comes with the package: --config={Path(name).stem}"
+    return f"there is no file {name or '(empty name)'}{known if Path(name).stem in shipped else ''}"
 
-    Config files are named by path, not installed, so they cannot import each other as a package.
+
+def shipped_configs() -> list[Path]:
+    """The config files that come with the package, by name."""
+    return sorted(path for path in SHIPPED.glob("*.py") if path.stem.isidentifier())
+
+
+def load_sibling(file: str, name: str) -> ModuleType:
+    """Runs `name`.py beside `file`, or, where there is none, the config of that name that comes with the package.
+
+    So a file of ours that was copied elsewhere still runs, and so do all of ours that were copied and changed together.
+    A file of one's own may as well write `from altgrad_jax.configs import base`.
     """
-    path = Path(file).with_name(f"{name}.py")
-    if not path.is_file():
-        raise UsageError(f"config file {path} is missing; {file} builds on it")
+    path = next((p for p in (Path(file).with_name(f"{name}.py"), SHIPPED / f"{name}.py") if p.is_file()), None)
+    if path is None:
+        raise UsageError(f"{file} builds on {name}.py, which is neither beside it nor a config of the package")
     return _run_file(path)
 
 

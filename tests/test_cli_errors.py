@@ -86,8 +86,8 @@ def test_config_files_that_are_none(lab, tmp_path):
         "text.txt": ("seed = 1", ["text.txt is no Python file"]),
         "alone.py": (
             "from altgrad_jax.config import load_sibling\n"
-            "def get_config():\n    return load_sibling(__file__, 'base').get_config()\n",
-            ["base.py is missing", "alone.py builds on it"],
+            "def get_config():\n    return load_sibling(__file__, 'basis').get_config()\n",
+            ["alone.py builds on basis.py, which is neither beside it nor a config of the package"],
         ),
     }
     for name, (text, _) in files.items():

@@ -32,7 +32,7 @@ from altgrad_jax.errors import UsageError
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_xla_flags
 from altgrad_jax.sweep.groups import program_keys
-from altgrad_jax.sweep.matrix import PLAIN_FILE, Condition, conditions
+from altgrad_jax.sweep.matrix import PLAIN_CONFIG, Condition, conditions
 from altgrad_jax.sweep.progress import Progress
 from altgrad_jax.sweep.run import in_process_of_its_own, refuse_others, run_all
 from altgrad_jax.sweep.search import choose, search_conditions
@@ -61,7 +61,7 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
       UserError: anything else that the user can mend.
     """
     workdir = workdir.absolute()  # as Orbax wants it
-    plain = load_config(str(Path(__file__).resolve().parents[2] / PLAIN_FILE))
+    plain = load_config(PLAIN_CONFIG)
     if matrix.together < 0:
         raise UsageError(f"config.together={matrix.together} must be 0 (as many as memory allows) or more")
     if matrix.base.tracking.wandb != "disabled":

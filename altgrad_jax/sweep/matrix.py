@@ -17,7 +17,7 @@ from altgrad_jax.errors import UsageError
 from altgrad_jax.precision.recipes import PLAIN, parse_recipe
 
 AXES = ("recipe", "optimizer", "layers", "rate", "seed")
-PLAIN_FILE = "configs/bf16.py"  # what commands of single conditions start from
+PLAIN_CONFIG = "bf16"  # what commands of single conditions start from
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def conditions(matrix: ConfigDict, plain: ConfigDict, factors: Mapping[str, floa
 
     Args:
       matrix: as configs/matrix.py has it.
-      plain: the configuration of `PLAIN_FILE`.
+      plain: the configuration of `PLAIN_CONFIG`.
       factors: optimizer -> what its learning rate is multiplied by, as a search has found it; 1 where it has not.
 
     Raises:
@@ -169,4 +169,4 @@ def command(config: ConfigDict, plain: ConfigDict) -> tuple[str, ...]:
             if value is not None and value != get(plain, key) and key != "runtime.compilation_cache":
                 yield f"--config.{key}={value}"
 
-    return ("python", "-m", "altgrad_jax.main", f"--config={PLAIN_FILE}", *differing())
+    return ("python", "-m", "altgrad_jax.main", f"--config={PLAIN_CONFIG}", *differing())

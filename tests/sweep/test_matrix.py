@@ -81,7 +81,7 @@ def test_the_factor_of_a_search_is_the_optimizers_own():
 
 def test_a_condition_names_the_command_that_would_run_it_alone():
     condition = conditions(matrix(seeds=(5,)), PLAIN)[1]
-    assert condition.command[:4] == ("python", "-m", "altgrad_jax.main", "--config=configs/bf16.py")
+    assert condition.command[:4] == ("python", "-m", "altgrad_jax.main", "--config=bf16")
     again = load_config(str(ROOT / "configs" / "bf16.py"))
     for option in condition.command[4:]:
         key, _, text = option.removeprefix("--config.").partition("=")
