@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from altgrad_jax.config import check_devices
 from altgrad_jax.data.batches import TrainBatches, evaluation_batches, validation_split
 from altgrad_jax.data.cache import TokenCache
+from altgrad_jax.data.corpus import name_of
 from altgrad_jax.data.examples import ExampleBatches
 from altgrad_jax.diagnose import make_diagnose_step, make_update_measure, measure_spectra, name_answers, name_update
 from altgrad_jax.diagnostics.questions import parse_questions
@@ -106,6 +107,7 @@ class Experiment(Program):
         return {
             "attention": attention_implementation(self.model),
             "corpus": self.cache.header.source.name,
+            "data.name": name_of(self.cache.header.source.name),
             "tokenizer": f"{self.cache.header.tokenizer.kind} ({self.cache.vocab_size} tokens)",
             "devices": f"{len(self.parallel.devices)} x {self.parallel.devices[0].device_kind}",
         }

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from altgrad_jax import provenance
+from altgrad_jax.data.corpus import describe
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.experiment import Experiment
@@ -118,8 +119,8 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "optimizer": _optimizer(exp),
         "compute": f"{config.precision.compute}, {_quantised(exp)},"
         f" attention {resolved['attention']}, {resolved['devices']}",
-        "corpus": f"{cache.source.name}: {cache.source.description}",
-        "tokenizer": resolved["tokenizer"],
+        "corpus": describe(config.data, cache),
+        "tokenizer": resolved["tokenizer"] + _unused_rows(exp),
         "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in cache.splits),
         **entropy,
         **exp.task.lines(),
@@ -129,6 +130,12 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         else f"{exp.peak_flops / 1e12:g} TFLOP/s a device in 16 bits, assumed for train/mfu",
         "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
     }
+
+
+def _unused_rows(exp: Experiment) -> str:
+    """How many rows of the output layer no token of the tokenizer uses, where a language model has some."""
+    unused = exp.config.model.vocab_size - exp.cache.vocab_size
+    return f", {unused:,} of the model's {exp.config.model.vocab_size:,} are never used" if unused else ""
 
 
 def state_bytes(exp: Experiment) -> dict[str, int]:

@@ -162,7 +162,13 @@ class Wandb:
     _lost = False
 
     def __init__(
-        self, settings: Any, workdir: Path, run_id: str, config: dict[str, Any], earlier: Iterable[Record] = ()
+        self,
+        settings: Any,
+        workdir: Path,
+        run_id: str,
+        config: dict[str, Any],
+        earlier: Iterable[Record] = (),
+        tags: Iterable[str] = (),
     ):
         """Starts or continues the W&B run `run_id`.
 
@@ -172,6 +178,7 @@ class Wandb:
           run_id: kept in the manifest over resumes.
           config: shown as the run's configuration.
           earlier: what earlier sessions logged, up to where this one goes on.
+          tags: beside those of `settings`.
 
         Raises:
           UserError: W&B could not start, for lack of network or rights.
@@ -187,7 +194,7 @@ class Wandb:
                 project=settings.project,
                 entity=settings.entity,
                 name=settings.name,
-                tags=list(settings.tags),
+                tags=list(dict.fromkeys((*settings.tags, *tags))),
                 config=config,
                 # No console capture, code or machine statistics: what is sent is what is in the record.
                 settings=wandb.Settings(

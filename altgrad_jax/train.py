@@ -21,7 +21,7 @@ from rich.console import Console
 from altgrad_jax import checkpoint, experiment, provenance
 from altgrad_jax.config import check_devices
 from altgrad_jax.console import ConsoleSink, make_console, print_header
-from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.data.corpus import open_corpus, refuse_another_meaning
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
@@ -86,7 +86,9 @@ def train(
         workdir = Workdir(workdir_path, lock=primary)
         cleanup.callback(workdir.close)
         _refuse_ended(workdir)
-        exp = experiment.build(config, open_corpus(config))
+        cache = open_corpus(config)
+        refuse_another_meaning(config.data, cache.header, workdir.read_json("manifest.json"), workdir.path)
+        exp = experiment.build(config, cache)
         checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
         cleanup.callback(checkpoints.close)
         run_identity = provenance.identity(config, exp.cache) | exp.policy.identity() | exp.task.identity()
@@ -319,7 +321,8 @@ def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start,
     sinks: list[Sink] = [MetricsFile(workdir.metrics, start.step)]
     earlier = read_metrics(workdir.metrics)
     if config.tracking.wandb != "disabled":
-        sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"], earlier))
+        tags = (manifest["resolved"]["data.name"],)
+        sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"], earlier, tags))
     return [*sinks, ConsoleSink(console, start.step, config.train.steps, earlier)]
 
 

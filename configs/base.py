@@ -25,8 +25,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.attention = "auto"  # auto | xla | cudnn
 
     config.data = ConfigDict()
-    # auto (EUR-Lex if prepared, else embedded) | eurlex | eurlex-local | eurlex57k | lexglue | embedded | files
-    config.data.name = "auto"
+    # eurlex (the one that is prepared) | eurlex57k | lexglue | eurlex-local | embedded (invented acts, which need no
+    # download) | files | auto: eurlex where it is prepared, else, for a small vocabulary, embedded
+    config.data.name = "eurlex"
     config.data.path = config_dict.placeholder(str)  # files: a .txt / .jsonl / .jsonl.gz file or a folder of them
     config.data.cache = config_dict.placeholder(str)  # a token cache's folder: trained from as it is, nothing else read
     config.data.data_dir = "~/.cache/altgrad_jax"  # prepared corpora and token caches
@@ -136,6 +137,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _make_quick(config: ConfigDict) -> None:
     """Shrinks every size so that the run takes about a minute on two CPU cores."""
+    config.data.name = "auto"
     config.model.update(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=1024)
     config.train.update(steps=300, batch_size=16, eval_every=50, eval_batches=8)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=40)

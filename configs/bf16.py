@@ -13,5 +13,5 @@ def get_config(variant: str = ""):
     """The defaults, named for tracking; `variant` is "" or "quick"."""
     config = load_sibling(__file__, "base").get_config(variant)
     config.tracking.name = "bf16-baseline" if not variant else f"bf16-baseline-{variant}"
-    config.tracking.tags = ("baseline", "bf16", "eurlex")
+    config.tracking.tags = ("baseline", "bf16")
     return config

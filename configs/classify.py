@@ -4,9 +4,10 @@
     python -m altgrad_jax.main --config=configs/classify.py:quick        # the same, small: minutes on 2 CPU cores
     python -m altgrad_jax.main --config=configs/classify.py:e5m2,quick   # trunk and classifier in a format or recipe
 
-Prepare the corpus first: `python -m altgrad_jax.data prepare --name=eurlex [--source=DIR]`. Without it the embedded
-corpus is classified by the concepts that its acts print on their last line; cut to a block, they must be told from the
-beginning. LexGLUE's 100 labels: `--config.data.name=lexglue --config.classify.min_documents=0`.
+Prepare the corpus first: `python -m altgrad_jax.data prepare --config=configs/classify.py [--source=DIR]`. Without it
+the small variant classifies the acts of the embedded corpus by the concepts that they print on their last line; cut to
+a block, these must be told from the beginning. LexGLUE's 100 labels:
+`--config.data.name=lexglue --config.classify.min_documents=0`.
 
 Labels, policies for long documents and the measures: docs/classify.md. Expect: docs/results/classify.md.
 """
@@ -25,5 +26,5 @@ def get_config(recipe: str = ""):
         config.precision.rules = ((r"blocks\..*|classifier", name),)
     plain = recipe.replace(" ", "-").replace(",", "-")
     config.tracking.name = "-".join(part for part in ("classify", plain) if part)
-    config.tracking.tags = ("classify", name.split()[0] if name else "bf16", "eurlex")
+    config.tracking.tags = ("classify", name.split()[0] if name else "bf16")
     return config

@@ -18,5 +18,5 @@ def get_config(variant: str = ""):
     config = load_sibling(__file__, "base").get_config(variant)
     config.precision.rules = ((r"blocks\..*|lm_head", "e5m2"),)
     config.tracking.name = "e5m2" if not variant else f"e5m2-{variant}"
-    config.tracking.tags = ("fp8", "e5m2", "eurlex")
+    config.tracking.tags = ("fp8", "e5m2")
     return config

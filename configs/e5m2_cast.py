@@ -20,5 +20,5 @@ def get_config(variant: str = ""):
     config.precision.rules = ((r"blocks\..*|lm_head", "e5m2_cast"),)
     config.train.loss_scale = "dynamic"
     config.tracking.name = "e5m2-cast" if not variant else f"e5m2-cast-{variant}"
-    config.tracking.tags = ("fp8", "e5m2", "cast", "eurlex")
+    config.tracking.tags = ("fp8", "e5m2", "cast")
     return config

@@ -21,5 +21,5 @@ def get_config(recipe: str = ""):
     config = load_sibling(__file__, "base").get_config("quick" if name != recipe else "")
     config.precision.rules = ((r"blocks\..*|lm_head", name),)
     config.tracking.name = recipe.replace(" ", "-").replace(",quick", "-quick")
-    config.tracking.tags = ("format", name.split()[0], "eurlex")
+    config.tracking.tags = ("format", name.split()[0])
     return config

@@ -16,5 +16,5 @@ def get_config(variant: str = ""):
     config = load_sibling(__file__, "base").get_config(variant)
     config.precision.rules = ((r"blocks\..*|lm_head", "hybrid"),)
     config.tracking.name = "hybrid" if not variant else f"hybrid-{variant}"
-    config.tracking.tags = ("fp8", "hybrid", "eurlex")
+    config.tracking.tags = ("fp8", "hybrid")
     return config

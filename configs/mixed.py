@@ -21,5 +21,5 @@ def get_config(variant: str = ""):
         (r"blocks\.\d+\.mlp\..*", "hybrid scaling=current"),
     )
     config.tracking.name = "mixed" if not variant else f"mixed-{variant}"
-    config.tracking.tags = ("fp8", "mixed", "eurlex")
+    config.tracking.tags = ("fp8", "mixed")
     return config

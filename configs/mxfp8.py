@@ -18,5 +18,5 @@ def get_config(variant: str = ""):
     config = load_sibling(__file__, "base").get_config(variant)
     config.precision.rules = ((r"blocks\..*|lm_head", "mxfp8"),)
     config.tracking.name = "mxfp8" if not variant else f"mxfp8-{variant}"
-    config.tracking.tags = ("fp8", "mx", "eurlex")
+    config.tracking.tags = ("fp8", "mx")
     return config

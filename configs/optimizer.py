@@ -52,5 +52,5 @@ def get_config(argument: str = ""):
         config.optimizer.learning_rate *= 2.0 ** _mantissa_bits(recipe)
     config.precision.rules = ((r"blocks\..*|lm_head", f"{recipe} w.pow2=1"),)
     config.tracking.name = "-".join([name, recipe.replace(" ", "-"), *(["quick"] if quick else [])])
-    config.tracking.tags = ("optimizer", name, recipe.split()[0], "eurlex")
+    config.tracking.tags = ("optimizer", name, recipe.split()[0])
     return config

@@ -5,6 +5,7 @@
 #   launch/run.sh --config=configs/hybrid.py [--workdir=runs/NAME] [--config.key=value ...]   on the machine
 #   launch/run.sh root@203.0.113.7:22034 --config=configs/hybrid.py ...       from a laptop: uploads and installs first
 #
+# The corpus that the config asks for is prepared first, EUR-Lex downloaded unless it is there.
 # Ctrl-C ends the looking on, not the run; that ends, with a checkpoint, by: kill $(cat runs/NAME.pid)
 # XLA_MODES="deterministic triton" and CHIP=h100: see xla_flags.sh. BOX_DIR=...: see setup.sh.
 set -euo pipefail
@@ -21,8 +22,9 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   exit
 fi
 
-config='' workdir='' online=''
+config='' workdir='' online='' settings=()
 for argument in "$@"; do
+  if [[ $argument =~ ^--(no)?config ]]; then settings+=("$argument"); fi
   case $argument in
     --config=*) config=${argument#*=} ;;
     --workdir=*) workdir=${argument#*=} ;;
@@ -55,6 +57,8 @@ fi
 if [[ $online == online && -z ${WANDB_API_KEY:-} ]]; then
   "$python" -m wandb login || fail "no W&B login: run $python -m wandb login in a terminal here, or set WANDB_API_KEY"
 fi
+
+"$python" -m altgrad_jax.data prepare "${settings[@]}"
 
 # shellcheck disable=SC2086 # modes are separate words
 source launch/xla_flags.sh "${CHIP:-auto}" ${XLA_MODES:-}

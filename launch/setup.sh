@@ -4,7 +4,7 @@
 #   launch/setup.sh [--eurlex]                            on the machine, in its copy of this repository
 #   launch/setup.sh root@203.0.113.7:22034 [--eurlex]     from a laptop: uploads the repository first
 #
-# --eurlex also downloads and prepares EUR-Lex, without which configs train on the small corpus of the package.
+# --eurlex also prepares EUR-Lex for the full-size configs; without it run.sh does, before it trains.
 # PYTHON=... names the interpreter to make .venv of, BOX_DIR=... the folder on the machine. May be run again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

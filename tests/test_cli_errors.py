@@ -44,8 +44,8 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "missing text": (["--config.data.path=nowhere.txt"], 1, ["nowhere.txt does not exist"]),
     "missing source": (
         ["--config.data.name=eurlex", "--config.data.path="],
-        1,
-        ["data.name=eurlex", "not prepared", "altgrad_jax.data prepare --name=eurlex"],
+        2,
+        ["data.name=eurlex", "not prepared", "altgrad_jax.data prepare --name=eurlex", "data.name=embedded"],
     ),
     "missing cache": (["--config.data.cache=nowhere"], 1, ["no token cache at nowhere"]),
     "no weights": (["--config.checkpoint.restore_from=nowhere"], 1, ["no checkpoint in", "nowhere"]),

@@ -43,7 +43,8 @@ def test_the_defaults_are_the_published_baseline():
         "precision": dict(compute="bfloat16"),
         "checkpoint": dict(every=100, max_to_keep=3),
         "stability": dict(nan_patience=10),
-        "tracking": dict(wandb="offline", project="altgrad", name="bf16-baseline", tags=("baseline", "bf16", "eurlex")),
+        "tracking": dict(wandb="offline", project="altgrad", name="bf16-baseline", tags=("baseline", "bf16")),
+        "data": dict(name="eurlex", tokenizer="auto", vocab_size=0),
     }
     for section, values in expected.items():
         assert values.items() <= config[section].items(), section

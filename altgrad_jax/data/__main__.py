@@ -1,12 +1,14 @@
 """Prepares and shows corpora.
 
     python -m altgrad_jax.data prepare --name=eurlex [--source=DIR]     # EUR-Lex into TFDS and the token cache
+    python -m altgrad_jax.data prepare --config=configs/bf16.py:quick   # what this config trains on, in its tokens
     python -m altgrad_jax.data show    --name=eurlex                    # counts, sizes, a sample
     python -m altgrad_jax.data batch   --workdir=runs/quick --step=17   # the documents that a training step saw
 
 `prepare` without --source downloads EUR-Lex (EURLEX57K, or --name=lexglue) and checks it against published hashes; with
-it, the same files are read from DIR. --tokenizer and --vocab_size must be those of the run's configuration; the
-defaults are those of configs/base.py.
+it, the same files are read from DIR. Corpus, tokenizer and vocabulary are those of --config=FILE[:VARIANT] with the
+--config flags of the run or the sweep, EUR-Lex where its data.name is auto. Without --config they are those of --name,
+--tokenizer and --vocab_size, whose defaults are those of configs/base.py.
 """
 
 import sys
@@ -19,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from altgrad_jax import cli
+from altgrad_jax.config import validate
 from altgrad_jax.data.batches import TrainBatches
 from altgrad_jax.data.cache import TokenCache, open_cache
-from altgrad_jax.data.corpus import EURLEX_CONFIGS, find_source, open_corpus
+from altgrad_jax.data.corpus import ANY_EURLEX, EURLEX_CONFIGS, brought_caches, find_source, name_of, open_corpus
 from altgrad_jax.data.documents import Source
 from altgrad_jax.data.labels import open_labels
 from altgrad_jax.errors import UsageError, UserError
@@ -30,6 +33,7 @@ from altgrad_jax.task import make_task
 from altgrad_jax.tracking import read_metrics
 from altgrad_jax.workdir import read_json
 
+CONFIG = cli.define_config()
 NAMES = ("eurlex", *EURLEX_CONFIGS, "embedded", "files")
 NAME = flags.DEFINE_enum("name", "eurlex", NAMES, "The corpus; eurlex: the one found in --source, else EURLEX57K.")
 SOURCE = flags.DEFINE_string("source", None, "Folder with local copies of the corpus's files; downloads nothing.")
@@ -44,29 +48,51 @@ STEP = flags.DEFINE_integer("step", None, "For batch: the step, counted from 1 a
 
 def prepare(console: Console) -> None:
     """Makes the corpus and its token cache ready, then shows them."""
-    if NAME.value in ("eurlex", *EURLEX_CONFIGS):
+    config = _settings()
+    data = config.data
+    ready = data.cache or (SOURCE.value is None and not OVERWRITE.value and brought_caches(config))
+    if data.name in ANY_EURLEX and not ready:
         from altgrad_jax.data import eurlex
 
-        config = EURLEX_CONFIGS.get(NAME.value)
-        data_dir = Path(DATA_DIR.value).expanduser()
         source = None if SOURCE.value is None else Path(SOURCE.value).expanduser()
-        eurlex.prepare(data_dir, config, source, overwrite=OVERWRITE.value)
+        root, wanted = Path(data.data_dir).expanduser(), EURLEX_CONFIGS.get(data.name)
+        prepared = eurlex.prepare(root, wanted, source, overwrite=OVERWRITE.value)
+        taken = find_source(data.name, data.data_dir, None)
+        if taken is not None and taken.name != prepared.name:
+            console.print(
+                f"data.name={data.name} goes on standing for {name_of(taken.name)}, which is prepared as well; train on"
+                f" this corpus with --config.data.name={name_of(prepared.name)}"
+            )
+        with config.unlocked():
+            config.data.name = name_of(prepared.name)
     elif SOURCE.value:
-        raise UsageError(f"--source is for EUR-Lex; for --name={NAME.value} use --path")
-    show(console)
+        raise UsageError(f"--source is for EUR-Lex; the corpus asked for is {data.cache or data.name}")
+    _show(console, config)
 
 
-def _data_config() -> ConfigDict:
-    data: dict[str, str | int | None] = {"name": NAME.value, "path": PATH.value, "data_dir": DATA_DIR.value}
-    data |= {"cache": None, "tokenizer": TOKENIZER.value, "vocab_size": VOCAB_SIZE.value}
-    return ConfigDict({"data": data, "model": {"vocab_size": VOCAB_SIZE.value}})
+def _settings() -> ConfigDict:
+    """The settings that say which corpus, in which tokens: a run's configuration, or that of a sweep's conditions."""
+    if CONFIG.value is None:
+        data: dict[str, str | int | None] = {"name": NAME.value, "path": PATH.value, "data_dir": DATA_DIR.value}
+        data |= {"cache": None, "tokenizer": TOKENIZER.value, "vocab_size": VOCAB_SIZE.value}
+        if NAME.value == "files" and not PATH.value:
+            raise UsageError("--name=files needs --path")
+        return ConfigDict({"data": data, "model": {"vocab_size": VOCAB_SIZE.value}})
+    for flag in (NAME, PATH, DATA_DIR, TOKENIZER, VOCAB_SIZE):
+        if flag.present:
+            raise UsageError(f"--{flag.name} and --config both say what to prepare; use --config.data.{flag.name}")
+    config = CONFIG.value.base if "base" in CONFIG.value else CONFIG.value
+    validate(config)
+    return config
 
 
 def show(console: Console) -> None:
     """Counts and sizes of a corpus, a sample of its text, and its tokens (built if they are not there)."""
-    if NAME.value == "files" and not PATH.value:
-        raise UsageError("--name=files needs --path")
-    cache = open_corpus(_data_config())
+    _show(console, _settings())
+
+
+def _show(console: Console, config: ConfigDict) -> None:
+    cache = open_corpus(config)
     header = cache.header
     console.print(f"{header.source.name}: {header.source.description}")
     console.print(f"tokenizer {header.tokenizer.kind}, {cache.vocab_size} tokens; data hash {cache.sha256}")
@@ -85,7 +111,8 @@ def show(console: Console) -> None:
     console.print(table)
     console.print("unigram entropy and entropy floor in nats per token")
     console.print(_labels(cache))
-    source = find_source(NAME.value, DATA_DIR.value, PATH.value)
+    data = config.data
+    source = None if data.cache else find_source(data.name, data.data_dir, data.path)
     if source is not None:
         _show_sample(console, source)
     console.print(f"token cache {cache.path}")
@@ -120,7 +147,10 @@ def batch(console: Console) -> None:
     cache = _cache_of(manifest)
     config = ConfigDict({"task": "lm"} | manifest["config"])
     batches = make_task(config, cache).batches(config, cache)
-    number = batch_of(read_metrics(Path(WORKDIR.value).expanduser() / "metrics.jsonl"), STEP.value)
+    records = read_metrics(Path(WORKDIR.value).expanduser() / "metrics.jsonl")
+    if STEP.value > (taken := max((record["step"] for record in records), default=0)):
+        raise UsageError(f"--step={STEP.value}, but the run in {WORKDIR.value} has recorded its steps up to {taken}")
+    number = batch_of(records, STEP.value)
     if isinstance(batches, TrainBatches):
         table = Table("window", "tokens", "documents")
         for window, documents in zip(batches.windows_of(number), batches.documents_of(number), strict=True):

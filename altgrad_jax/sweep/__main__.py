@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from altgrad_jax import cli
 from altgrad_jax.config import load_config
 from altgrad_jax.console import make_console, print_header
-from altgrad_jax.data.corpus import open_corpus
+from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meaning
 from altgrad_jax.errors import UsageError
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_xla_flags
@@ -80,6 +80,9 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
     progress = Progress(console)
     most = matrix.together or (MANY_ON_CPU if backend == "cpu" else MANY)
     together = min(most, math.ceil(len(all_conditions) / shard[1]))
+    for condition in all_conditions:
+        place = workdir / condition.name
+        refuse_another_meaning(matrix.base.data, corpus.header, read_json(place / "manifest.json"), place)
     refuse_others(trial, workdir / "search", corpus.sha256)
     refuse_others(all_conditions, workdir, corpus.sha256, without=("learning_rate",) if trial else ())
     _describe(workdir, matrix, all_conditions)
@@ -87,7 +90,8 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
         "question": matrix.question,
         "work directory": str(workdir),
         "conditions": f"{len(all_conditions)}, and {len(trial)} of the search for learning rates",
-        "each": f"{matrix.base.train.steps} steps on {corpus.header.source.name}, data {corpus.sha256[:8]}",
+        "each": f"{matrix.base.train.steps} steps, data {corpus.sha256[:8]}",
+        "corpus": describe(matrix.base.data, corpus.header),
         "shard": f"{shard[0]} of {shard[1]}",
     }
     print_header(console, f"altgrad_jax sweep {matrix.name}", facts)

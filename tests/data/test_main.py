@@ -67,7 +67,7 @@ def test_eurlex_is_prepared_and_shown(tmp_path, source):
     prepare = ["prepare", *settings, f"--source={source}"]
     shown = [["show", *settings], ["show", *settings, "--name=eurlex-local"]]
     before, made, again, *after = run(tmp_path, shown[0], prepare, prepare, *shown)
-    assert_one_line(before, 1, ["not prepared in", "altgrad_jax.data prepare --name=eurlex"])
+    assert_one_line(before, 2, ["not prepared in", "altgrad_jax.data prepare --name=eurlex"])
     for done in (made, again, *after):
         assert done.code == 0, done
         assert done.out == made.out
@@ -162,13 +162,19 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["show", "--name=files"], 2, ["--name=files needs --path"]),
     (["prepare", "--name=files"], 2, ["--name=files needs --path"]),
     (["show", "--name=files", "--path=nowhere.txt"], 1, ["nowhere.txt does not exist"]),
-    (["prepare", "--name=embedded", "--source=."], 2, ["--source is for EUR-Lex", "--name=embedded", "--path"]),
+    (["prepare", "--name=embedded", "--source=."], 2, ["--source is for EUR-Lex", "embedded"]),
+    (
+        ["show", "--config=configs/bf16.py", "--vocab_size=300"],
+        2,
+        ["--vocab_size and --config both"],
+    ),
     (["prepare", "--source=nowhere"], 1, ["nowhere"]),
     (["prepare", "--vocab_size=0"], 2, ["vocab_size"]),
     (["batch"], 2, ["batch needs --workdir and --step"]),
     (["batch", "--step=1"], 2, ["batch needs --workdir and --step"]),
     (["batch", "--workdir=nowhere", "--step=1"], 1, ["nowhere holds no manifest.json; give a run's work directory"]),
     (["batch", "--workdir=RUN", "--step=0"], 2, ["step", "0"]),
+    (["batch", "--workdir=RUN", "--step=21"], 2, ["--step=21", "has recorded its steps up to 20"]),
     (["batch", "--workdir=OTHER", "--step=1"], 1, ["holds other data than the run was trained on"]),
     (["batch", "--workdir=GONE", "--step=1"], 1, ["no token cache at", "gone"]),
 ]

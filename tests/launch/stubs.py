@@ -29,6 +29,7 @@ case "$1 ${2%%;*}" in
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && exit "${VENV_STATUS:-0}" ;;
   "-m pip") exit "${PIP_STATUS:-0}" ;;
   "-m wandb") exit "${WANDB_STATUS:-0}" ;;
+  "-m altgrad_jax.data") exit "${DATA_STATUS:-0}" ;;
   "-m altgrad_jax.main" | "-m altgrad_jax.sweep") echo "XLA_FLAGS=$XLA_FLAGS" >>"$CALLS"; eval "$MAIN" ;;
 esac
 """

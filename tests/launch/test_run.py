@@ -32,6 +32,7 @@ def test_the_command_its_flags_and_its_log(box: Desk):
     done = box.run("run.sh", CONFIG, "--config.train.steps=5", XLA_MODES="deterministic")
     assert done.code == 0 and done.err == "", done
     assert box.called("python", "XLA_FLAGS=" + OVERLAP) == [
+        "python -m altgrad_jax.data prepare --config=configs/hybrid.py --config.train.steps=5",
         "python -m altgrad_jax.main --workdir=runs/hybrid --config=configs/hybrid.py --config.train.steps=5"
         " --config.runtime.compilation_cache=runs/.compiled",
         f"XLA_FLAGS={OVERLAP} --xla_gpu_deterministic_ops=true",
@@ -52,7 +53,7 @@ def test_names_of_runs(box: Desk, arguments, workdir):
     assert box.run("run.sh", *arguments).code == 0
     assert (box.root / f"{workdir}.log").exists()
     parent = workdir.rpartition("/")[0]
-    assert f"--config.runtime.compilation_cache={parent}/.compiled" in box.called("python")[0]
+    assert f"--config.runtime.compilation_cache={parent}/.compiled" in box.called("python")[1]
 
 
 def test_what_the_user_says_of_compiled_programs_and_flags_stands(box: Desk):
@@ -60,6 +61,13 @@ def test_what_the_user_says_of_compiled_programs_and_flags_stands(box: Desk):
     assert done.code == 0
     assert box.calls[-2].count("compilation_cache") == 1
     assert box.calls[-1] == "XLA_FLAGS=--xla_mine=1"
+
+
+def test_without_its_corpus_nothing_is_started(box: Desk):
+    wanted = [CONFIG, "--config.data.name=lexglue", "--noconfig.profile"]
+    assert box.run("run.sh", *wanted, "--workdir=runs/x", DATA_STATUS="1").code == 1
+    assert box.called("python") == [f"python -m altgrad_jax.data prepare {' '.join(wanted)}"]
+    assert not (box.root / "runs" / "x.pid").exists()
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 130, 137, 143])
@@ -84,12 +92,12 @@ def test_the_run_outlives_the_terminal_and_is_found_again(box: Desk):
     os.kill(pid, signal.SIGTERM)
     out, _ = second.communicate(timeout=20)
     assert out.endswith("saved\n") and second.returncode == 0
-    assert len(box.called("python")) == 1, "it was not started twice"
+    assert len(box.called("python")) == 2, "it was not started twice"
 
     third = box.run("run.sh", CONFIG)
     assert third.code == 0 and third.out.endswith("\nstep 1\n") and "saved" not in third.out, "from where it goes on"
     assert log.read_text() == "step 1\nsaved\nstep 1\n"
-    assert box.called("python")[0] == box.called("python")[1]
+    assert box.called("python")[:2] == box.called("python")[2:]
 
 
 def test_ctrl_c_ends_the_looking_on(box: Desk):

@@ -45,7 +45,9 @@ def test_one_process_a_node_with_its_number(job: Desk):
     arguments = f"{CONFIG} --config.train.batch_size=16"
     assert job.called("scontrol") == ["scontrol show hostnames gpu[07-08]"]
     assert job.called("srun") == [STEP.format(nodes=2, arguments=arguments, first="gpu07", port=24711)]
-    hosts = sorted(call.rpartition("--config.parallel.host=")[2] for call in job.called("python"))
+    prepare, *trained = job.called("python")
+    assert prepare == f"python -m altgrad_jax.data prepare {arguments}"
+    hosts = sorted(call.rpartition("--config.parallel.host=")[2] for call in trained)
     assert hosts == ["0", "1"]
     flags = "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_deterministic_ops=true"
     assert job.called(flags.split()[0]) == [flags] * 2
@@ -56,7 +58,12 @@ def test_one_node_is_the_same_with_one(job: Desk):
     done = job.run("slurm.sbatch", CONFIG, SLURM_NNODES="1", NODES="gpu07", SLURM_JOB_NODELIST="gpu07")
     assert done.code == 0
     assert job.called("srun") == [STEP.format(nodes=1, arguments=CONFIG, first="gpu07", port=24711)]
-    assert job.called("python")[0].endswith(" --config.parallel.hosts=1 --config.parallel.host=0")
+    assert job.called("python")[1].endswith(" --config.parallel.hosts=1 --config.parallel.host=0")
+
+
+def test_without_its_corpus_nothing_is_started(job: Desk):
+    assert job.run("slurm.sbatch", CONFIG, DATA_STATUS="1").code == 1
+    assert not job.called("srun") and not requeued(job)
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 130, 137])

@@ -47,9 +47,17 @@ def requeued(task: Desk) -> bool:
 def test_a_task_runs_its_part(task: Desk):
     done = task.run("sweep.sbatch", CONFIG, "--workdir=runs/m", XLA_MODES="deterministic")
     assert done.code == 0 and done.err == "", done
-    assert task.called("python") == [f"python -m altgrad_jax.sweep {CONFIG} --workdir=runs/m --shard=3/8"]
+    assert task.called("python") == [
+        f"python -m altgrad_jax.data prepare {CONFIG}",
+        f"python -m altgrad_jax.sweep {CONFIG} --workdir=runs/m --shard=3/8",
+    ]
     assert "deterministic" in task.called("XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true")[0]
     assert not requeued(task)
+
+
+def test_without_its_corpus_nothing_is_started(task: Desk):
+    assert task.run("sweep.sbatch", CONFIG, DATA_STATUS="1").code == 1
+    assert len(task.called("python")) == 1 and not requeued(task)
 
 
 @pytest.mark.parametrize("status", [1, 2, 130, 137])
@@ -106,7 +114,9 @@ def test_what_the_pods_start(desk: Desk):
     done = desk.run(f"set -euo pipefail\n{script}", **ENVIRONMENT, JOB_COMPLETION_INDEX="5")
     assert done.code == 0 and done.err == "", done
     assert desk.called("python") == [
+        "python -m altgrad_jax.data prepare --config=configs/matrix.py:formats8"
+        " --config.base.data.data_dir=/altgrad/data",
         "python -m altgrad_jax.sweep --config=configs/matrix.py:formats8 --workdir=/altgrad/runs/formats8"
-        " --config.base.data.data_dir=/altgrad/data --shard=5/8"
+        " --config.base.data.data_dir=/altgrad/data --shard=5/8",
     ]
     assert shellcheck("--shell=bash", "--exclude=SC2086,SC2153,SC2154", "-", input=script).stdout == ""

@@ -88,6 +88,7 @@ def test_what_the_pods_start(desk: Desk):
     done = desk.run(f"set -euo pipefail\n{script}", **ENVIRONMENT, JOB_COMPLETION_INDEX="1")
     assert done.code == 0 and done.err == "", done
     assert desk.calls == [
+        "python -m altgrad_jax.data prepare --config=configs/hybrid.py --config.data.data_dir=/altgrad/data",
         "python -m altgrad_jax.main --config=configs/hybrid.py --workdir=/altgrad/runs/hybrid"
         " --config.data.data_dir=/altgrad/data --config.runtime.compilation_cache=/altgrad/runs/.compiled"
         " --config.parallel.coordinator=altgrad-host-0-0.altgrad:12345 --config.parallel.hosts=2"
@@ -108,6 +109,8 @@ def test_what_sky_starts(desk: Desk):
     done = desk.run(SKY["run"], **environment, MAIN="exit 143")
     assert done.code == 143 and done.code in SKY["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert desk.calls[before + 1 :] == [
+        "python -m altgrad_jax.data prepare --config=configs/format.py:e3m4 --config.train.steps=5"
+        " --config.data.data_dir=/altgrad/data",
         "python -m altgrad_jax.main --config=configs/format.py:e3m4 --config.train.steps=5"
         " --workdir=/altgrad/runs/hybrid --config.data.data_dir=/altgrad/data"
         " --config.runtime.compilation_cache=/altgrad/runs/.compiled",
