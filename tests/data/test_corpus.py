@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from ml_collections import ConfigDict
@@ -64,14 +65,11 @@ def test_what_the_embedded_corpus_can_fill():
 )
 def test_names_and_tags_follow_the_data(tmp_path, monkeypatch, source, name):
     assert name_of(source) == name
-    given = {}
-    wandb = SimpleNamespace(init=lambda **options: given.update(options), Settings=dict)
+    wandb = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    settings = ConfigDict(
-        {"wandb": "online", "project": "p", "entity": None, "name": "n", "tags": ("bf16", "embedded")}
-    )
-    Wandb(settings, tmp_path, "id", {}, (), (name_of(source),))
-    assert given["tags"] == list(dict.fromkeys(["bf16", "embedded", name]))
+    settings = {"wandb": "online", "project": "p", "entity": None, "name": "n", "tags": ("bf16", "embedded")}
+    Wandb(ConfigDict(settings), tmp_path, "id", {}, (), (name_of(source),))
+    assert wandb.init.call_args.kwargs["tags"] == list(dict.fromkeys(["bf16", "embedded", name]))
 
 
 def test_auto_that_means_something_else_is_told(tmp_path):
