@@ -7,11 +7,11 @@
 
 NAME[,tiny]: the size of configs/bf16.py:quick, or that of configs/matrix.py:formats8,quick. All on EUR-Lex.
 
-    output_layer  few exponent bits in all dense layers, in the blocks, in the output layer; in x and w or g alone; g with
-                  other scales and roundings
+    output_layer  few exponent bits in all dense layers, in the blocks, in the output layer; in x and w or g alone; g
+                  with other scales and roundings
     vocabulary    formats in the output layer alone; repeat it with other vocabularies
     mx            MXFP8 by layers; repeat it with train.loss_scale=1.5, or with another batch size
-    control       `relative` in 8-bit formats and in e8m7, which has BF16's values; seeds that no published table has used
+    control       `relative` in 8-bit formats and in e8m7, which has BF16's values; seeds that no published table used
 
 Expect: docs/results/formats8.md and docs/results/formats.md have what they gave.
 """
