@@ -6,9 +6,9 @@
 
 `search` finds each optimizer's learning rate in each format: three rates a factor of two apart around the one in
 configs/optimizer.py, one seed that is not among those compared; the best are then written into that file by hand.
-`compare` trains with those, three seeds each; `--conditions "adamw, e8m7 pow2=1" "relative, e8m7 pow2=1" ...` names the
-control, BF16's own values, on which the optimizers can run without 8 bits. Writes OUT.json and, for `compare`, OUT.png, and prints a Markdown table.
-All conditions of a seed share initial weights and batches. Started again, finished runs are not repeated.
+`compare` trains with those, three seeds each; among its conditions is a control, BF16's own values (`e8m7 pow2=1`), on
+which `relative` and `ulps` can run without 8 bits. Writes OUT.json and, if all conditions were asked for, OUT.png of
+those in 8 bits, and prints a Markdown table. All conditions of a seed share initial weights and batches. Started again, finished runs are not repeated.
 """
 
 import json
@@ -74,7 +74,7 @@ def main() -> None:
     if what == "compare":
         add_gaps(results)
         print(markdown(results))
-        if arguments.out:
+        if arguments.out and len(results) == len(conditions):
             plot(results, Path(f"{arguments.out}.png"))
     else:
         for name, row in results.items():
