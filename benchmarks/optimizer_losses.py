@@ -8,7 +8,8 @@
 configs/optimizer.py, one seed that is not among those compared; the best are then written into that file by hand.
 `compare` trains with those, three seeds each; among its conditions is a control, BF16's own values (`e8m7 pow2=1`), on
 which `relative` and `ulps` can run without 8 bits. Writes OUT.json and, if all conditions were asked for, OUT.png of
-those in 8 bits, and prints a Markdown table. All conditions of a seed share initial weights and batches. Started again, finished runs are not repeated.
+those in 8 bits, and prints a Markdown table. All conditions of a seed share initial weights and batches. Started again,
+finished runs are not repeated.
 """
 
 import json

@@ -1,0 +1,185 @@
+"""Reads the sweeps of configs/causes.py: which layer, operand, scale or vocabulary a loss is due to.
+
+    python benchmarks/causes.py runs/output_layer-tiny runs/control-tiny ... --out=docs/results/causes.json
+
+Writes every condition's last validation loss, and comparisons over shared seeds: mean, 95 % interval, p of the paired t
+test and of the equivalence test within 0.05 nats (altgrad_jax/report/statistics.py), Holm-corrected over the table that
+they stand in. Prints the tables as Markdown. A gap is to BF16 with AdamW of the same sizes, seed and rate; its own loss
+scale does not matter to it, so that of 1 serves all.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from common import save_results
+
+from altgrad_jax.report.statistics import Tested, decide, shared_differences
+from altgrad_jax.tracking import read_metrics
+
+FIRST_STEP = 1
+GRADIENT = "quant/lm_head/gradient/underflow"
+CONTROL = "e8m7"
+SIZES = ("learning_rate", "width", "vocabulary", "batch")  # in which a condition and its base agree
+BASE = {"recipe": "bf16", "optimizer": "adamw", "loss_scale": "1"}
+SHOWN = ("recipe", "layers", "vocabulary", "batch", "loss_scale")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One condition with one seed.
+
+    Attributes:
+      sweep: its matrix.
+      recipe: its name, `optimizer` and `layers` likewise.
+      learning_rate: in the optimizer's unit.
+      width: of the model.
+      vocabulary: of the model, `batch` in windows a step, `loss_scale` as configured.
+      seed: of weights and batches.
+      status: how it ended.
+      val_loss: the last; None where it is not finite.
+      zeros: share of the output layer's gradient that the first step rounded to zero; None where it is not rounded.
+    """
+
+    sweep: str
+    recipe: str
+    optimizer: str
+    layers: str
+    learning_rate: float
+    width: int
+    vocabulary: int
+    batch: int
+    loss_scale: str
+    seed: int
+    status: str
+    val_loss: float | None
+    zeros: float | None
+
+
+def read(folder: Path) -> Run:
+    """A condition's folder."""
+    summary = json.loads((folder / "summary.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    facts, config = manifest["condition"], manifest["config"]
+    loss = summary["final"].get("val/loss")
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] == FIRST_STEP]
+    zeros = [r[GRADIENT] for r in records if GRADIENT in r]
+    return Run(
+        **{key: facts[key] for key in ("recipe", "optimizer", "layers", "learning_rate", "seed")},
+        sweep=facts["matrix"],
+        width=config["model"]["n_embd"],
+        vocabulary=config["model"]["vocab_size"],
+        batch=config["train"]["batch_size"],
+        loss_scale=config["train"]["loss_scale"],
+        status=summary["status"],
+        val_loss=loss if isinstance(loss, float) and math.isfinite(loss) else None,
+        zeros=zeros[0] if zeros else None,
+    )
+
+
+def losses(runs: Iterable[Run], **facts: Any) -> dict[int, float]:
+    """Seed -> last validation loss, of the runs that have one and all of the facts.
+
+    Raises:
+      ValueError: two runs have one seed.
+    """
+    found: dict[int, float] = {}
+    for run in runs:
+        if run.val_loss is None or any(getattr(run, fact) != value for fact, value in facts.items()):
+            continue
+        if run.seed in found:
+            raise ValueError(f"two runs of seed {run.seed} with {facts}")
+        found[run.seed] = run.val_loss
+    return found
+
+
+def gaps(runs: list[Run], sweep: str) -> list[dict[str, Any]]:
+    """Of every condition of a sweep with AdamW to BF16 on the same seeds, one family."""
+    own = [run for run in runs if run.sweep == sweep and run.optimizer == "adamw"]
+    rows, differences = [], []
+    for like in {_facts(run): run for run in own if not _is_base(run)}.values():
+        of_base = {fact: getattr(like, fact) for fact in SIZES} | BASE
+        of_condition = [run for run in own if _facts(run) == _facts(like)]
+        zeros = [run.zeros for run in of_condition if run.zeros is not None]
+        rows.append({fact: getattr(like, fact) for fact in SHOWN} | {"zeros": mean(zeros) if zeros else None})
+        differences.append(shared_differences(losses(of_condition), losses(runs, **of_base)))
+    return [row | figures(tested) for row, tested in zip(rows, decide(differences), strict=True)]
+
+
+def _facts(run: Run) -> tuple[Any, ...]:
+    return tuple(getattr(run, fact) for fact in ("recipe", "layers", "loss_scale", *SIZES))
+
+
+def _is_base(run: Run) -> bool:
+    return all(getattr(run, fact) == value for fact, value in BASE.items())
+
+
+def control(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
+    """The tables registered in docs/results/formats8.md: gains of `relative` less the control's, and equivalences."""
+    own = [run for run in runs if run.sweep.startswith("control")]
+    recipes = list(dict.fromkeys(run.recipe for run in own if run.optimizer == "relative"))
+    adamw = {recipe: losses(own, recipe=recipe, optimizer="adamw") for recipe in ("bf16", *recipes)}
+    relative = {recipe: losses(own, recipe=recipe, optimizer="relative") for recipe in recipes}
+    gain = {r: {seed: adamw[r][seed] - relative[r][seed] for seed in adamw[r] if seed in relative[r]} for r in recipes}
+
+    def table(of: Mapping[str, Mapping[int, float]], reference: Mapping[int, float], *names: str) -> list[dict]:
+        tested = decide([shared_differences(of[name], reference) for name in names])
+        return [{"recipe": name} | figures(one) for name, one in zip(names, tested, strict=True)]
+
+    nothing = dict.fromkeys(adamw["bf16"], 0.0)
+    return {
+        "primary: gain of relative less the control's": table(gain, gain[CONTROL], "e3m4"),
+        "secondary: gain of relative less the control's": table(gain, gain[CONTROL], "e4m3", "e5m2"),
+        "gain of relative over AdamW": table(gain, nothing, *recipes),
+        "the control's gap to BF16 with AdamW": table(adamw, adamw["bf16"], CONTROL),
+        "gap to BF16 with AdamW": table(adamw, adamw["bf16"], "e4m3", "e5m2"),
+        "gap to BF16 with AdamW, not registered": table(adamw, adamw["bf16"], "e3m4"),
+    }
+
+
+def figures(tested: Tested) -> dict[str, Any]:
+    """A comparison's figures."""
+    found = {"n": tested.found.n, "mean": tested.found.mean, "low": tested.found.low, "high": tested.found.high}
+    found |= {"p_holm": tested.p, "p_equivalent_holm": tested.p_equivalent, "family": tested.family}
+    finite = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in found.items()}
+    return finite | {"verdict": tested.words}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of comparisons."""
+    heads = [key for key in rows[0] if key not in ("mean", "low", "high", "p_holm", "p_equivalent_holm", "verdict")]
+    lines = [f"| {' | '.join([*heads, 'difference', 'p', 'p of equivalence', 'verdict'])} |"]
+    lines.append("|" + "---|" * (len(heads) + 4))
+    for one in rows:
+        said = f"{one['mean']:+.3f}"
+        said += "" if one["low"] is None else f" [{one['low']:+.3f}, {one['high']:+.3f}]"
+        ps = ["-" if one[key] is None else f"{one[key]:.2g}" for key in ("p_holm", "p_equivalent_holm")]
+        cells = [f"{one[key]:.3g}" if isinstance(one[key], float) else str(one[key]) for key in heads]
+        lines.append(f"| {' | '.join([*cells, said, *ps, one['verdict']])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads, compares, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="work directories of sweeps")
+    parser.add_argument("--out", help="JSON file of the results")
+    given = parser.parse_args()
+    runs = [read(path.parent) for folder in given.folders for path in sorted(folder.glob("*/summary.json"))]
+    commands = [json.loads((folder / "matrix.json").read_text())["command"] for folder in given.folders]
+    tables = {name: gaps(runs, name) for name in dict.fromkeys(run.sweep for run in runs) if "control" not in name}
+    if any(run.sweep.startswith("control") for run in runs):
+        tables |= control(runs)
+    for name, rows in tables.items():
+        print(f"{name}\n\n{markdown(rows)}\n")
+    found = {"commands": [" ".join(command) for command in commands], "comparisons": tables}
+    save_results(given.out, found | {"runs": [asdict(run) for run in runs]})
+
+
+if __name__ == "__main__":
+    main()
