@@ -29,7 +29,7 @@ def gradient(benchmark_file):
 
 @pytest.fixture
 def causes(benchmark_file):
-    return benchmark_file("causes")
+    return benchmark_file("cause_losses")
 
 
 def run_of(causes, recipe, optimizer, seed, loss, sweep="mx", **others):

@@ -1,6 +1,6 @@
 """Reads the sweeps of configs/causes.py: which layer, operand, scale or vocabulary a loss is due to.
 
-    python benchmarks/causes.py runs/output_layer-tiny runs/control-tiny ... --out=docs/results/causes.json
+    python benchmarks/cause_losses.py runs/output_layer-tiny runs/control-tiny ... --out=docs/results/causes.json
 
 Writes every condition's last validation loss, and comparisons over shared seeds: mean, 95 % interval, p of the paired t
 test and of the equivalence test within 0.05 nats (altgrad_jax/report/statistics.py), Holm-corrected over the table that
