@@ -1,9 +1,12 @@
 """What every command line shares: absl flags, one clear line for a user's mistake, exit codes.
 
-Exit status: 0 done, 1 failed, 2 usage error (flags or configuration), 130 / 143 interrupted by Ctrl-C / SIGTERM.
+Exit status: 0 done, 1 failed, 2 usage error (flags, configuration, or a path in them that is not there), 130 / 143
+interrupted by Ctrl-C / SIGTERM, 141 what read the output has ended.
 """
 
+import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +16,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from altgrad_jax.config import check_keys, load_config
+from altgrad_jax.config import check_is_experiment, check_keys, leaves, load_config
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.usage import asks_for_help, help_text
 
 # Packages that training from a token cache does without, by module, as pip calls them.
 NOT_FOR_TRAINING = {
@@ -32,16 +36,41 @@ def fail(error: UserError) -> int:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser, with the mistakes a user can make turned into one line and exit status 2."""
+    if asks_for_help(argv[1:]):
+        print(help_text(argv[1:]))
+        raise SystemExit(0)
+    _put_flagfiles_lines_in_their_place()
     try:
-        rest = flags.FLAGS(list(argv))
-    except SystemExit:  # --help, which absl ends with status 1
-        raise SystemExit(0) from None
+        rest = flags.FLAGS(list(sys.argv))
     except UserError as e:
         raise SystemExit(fail(e)) from None
+    except flags.UnrecognizedFlagError as e:
+        raise SystemExit(fail(UsageError(f"{e}{_meant(e.flagname)} (see --help)"))) from None
     except (flags.Error, TypeError, ValueError, KeyError) as e:  # absl, and ml_collections for overridden keys
         text = " ".join(str(e.args[0] if e.args else e).split())
         raise SystemExit(fail(UsageError(f"{text} (see --help)"))) from None
     return rest
+
+
+def _put_flagfiles_lines_in_their_place() -> None:
+    """Changes sys.argv: settings are looked for there, and commands are recorded from there.
+
+    ml_collections reads the files when it defines a flag, so this comes before that.
+    """
+    try:
+        sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+    except (flags.Error, ValueError) as e:
+        raise SystemExit(fail(UsageError(f"--flagfile: {' '.join(str(e).split())}"))) from None
+
+
+def _meant(name: str) -> str:
+    """The settings that an unknown option may be meant for, for the end of a message."""
+    if "config" not in flags.FLAGS or name.startswith("config"):
+        return ""
+    known = leaves(flags.FLAGS["config"].value or load_config("base"))
+    found = [key for key in known if f".{key}".endswith(f".{name}")]
+    found = found or difflib.get_close_matches(name, known, 1, cutoff=0.8)
+    return f"; settings begin with config: {' or '.join(f'--config.{key}' for key in found[:3])}" if found else ""
 
 
 def _parse_only_flags(argv: Sequence[str]) -> list[str]:
@@ -78,15 +107,22 @@ def _run(main: Callable[[list[str]], int], parse: Callable[[Sequence[str]], list
                 UserError(f"this needs a package that is not installed: pip install {NOT_FOR_TRAINING[e.name]}")
             )
 
-    app.run(guarded, flags_parser=parse)
+    try:
+        try:
+            app.run(guarded, flags_parser=parse)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what read our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 def run_command(main: Callable[[str], int], commands: Sequence[str]) -> None:
     """Like `run`, for `python -m module COMMAND --flags`: `main` is given the command."""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         command = sys.argv.pop(1)
-    elif any(flag in sys.argv for flag in ("--help", "-help", "--helpfull", "--helpshort", "-h")):
-        command = commands[0]  # absl prints the help of every command and exits
+    elif asks_for_help(sys.argv[1:]):
+        command = commands[0]  # the help is that of every command
     else:
         command = ""
     if command not in commands:
@@ -132,15 +168,21 @@ class _ConfigParser(flags.ArgumentParser):
 
 def define_config() -> flags.FlagHolder:
     """Defines --config=FILE[:VARIANT] with --config.key=value overrides; read it with `read_config`."""
+    _put_flagfiles_lines_in_their_place()
     holder = config_flags.DEFINE_config_file(
-        "config", None, "Experiment file, e.g. configs/bf16.py or configs/bf16.py:quick."
+        "config", None, "What is run: NAME[:VARIANT] of a configuration listed below, or FILE.py[:VARIANT]."
     )
     flags.FLAGS["config"].parser = _ConfigParser()
     return holder
 
 
-def read_config(holder: flags.FlagHolder) -> ConfigDict:
-    """The parsed configuration. Raises UsageError if no file was given."""
+def read_config(holder: flags.FlagHolder, check: Callable[[ConfigDict], None] = check_is_experiment) -> ConfigDict:
+    """The parsed configuration, once it is known to be of the kind that `check` asks for.
+
+    Raises:
+      UsageError: no file was given, or it is of another kind.
+    """
     if holder.value is None:
-        raise UsageError("--config is missing, e.g. --config=configs/bf16.py:quick")
+        raise UsageError("--config is missing, e.g. --config=bf16:quick (see --help)")
+    check(holder.value)
     return holder.value

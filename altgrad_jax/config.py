@@ -149,6 +149,32 @@ def check_keys(config: ConfigDict, dotted: Iterable[str]) -> None:
             raise UsageError(f"unknown config key config.{key}: did you mean config.{nearest}?")
 
 
+def check_is_experiment(config: ConfigDict) -> None:
+    """Raises UsageError unless a config has every setting of configs/base.py, each of its type."""
+    if "base" in config and "recipes" in config:
+        raise UsageError("--config names a matrix of experiments, which python -m altgrad_jax.sweep runs")
+    base, found = load_config("base"), set(leaves(config))
+    if missing := [key for key in leaves(base) if key not in found]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"--config: config.{missing[0]}{more} is missing; start from altgrad_jax.configs.base")
+    for key in leaves(base):
+        default, value = get(base, key), get(config, key)
+        kind = str if default is None else (int, float) if isinstance(default, float) else type(default)
+        if not (isinstance(value, kind) or (default is None and value is None)):
+            raise UsageError(f"--config: config.{key}={value!r} is of another type than its default, {default!r}")
+
+
+def check_is_matrix(config: ConfigDict) -> None:
+    """Raises UsageError unless a config has every key of configs/matrix.py, and its `base` is an experiment."""
+    if "train" in config:
+        raise UsageError("--config names no matrix but one experiment, which python -m altgrad_jax.main runs")
+    if missing := [key for key in load_config("matrix") if key not in config]:
+        raise UsageError(
+            f"--config names no matrix of experiments: config.{missing[0]} is missing; see configs/matrix.py"
+        )
+    check_is_experiment(config.base)
+
+
 def leaves(config: ConfigDict, prefix: str = "") -> list[str]:
     """Dotted names of all settings."""
     names = []

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from altgrad_jax import cli
-from altgrad_jax.config import load_config
+from altgrad_jax.config import check_is_matrix, load_config
 from altgrad_jax.console import make_console, print_header
 from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meaning
 from altgrad_jax.errors import UsageError
@@ -135,9 +135,7 @@ def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condit
 
 def main() -> int:
     """Checks the matrix, then runs it."""
-    matrix = cli.read_config(CONFIG)
-    if "base" not in matrix or "recipes" not in matrix:
-        raise UsageError("--config names no matrix of experiments; see configs/matrix.py")
+    matrix = cli.read_config(CONFIG, check_is_matrix)
     shard = parse_shard(SHARD.value)
     cli.quiet_libraries()
     check_xla_flags()
