@@ -19,6 +19,7 @@ from absl import flags
 from altgrad_jax import cli
 from altgrad_jax.config import check_devices, validate
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.files import write_atomically
 from altgrad_jax.machine import check_device, check_xla_flags
 from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
@@ -58,9 +59,9 @@ def main() -> int:
     if tiles := tiles_used(found, make_policy(config).tiles).line():
         print(tiles)
     if SAVE_HLO.value:
-        Path(SAVE_HLO.value).write_text(text)
+        write_atomically(Path(SAVE_HLO.value), text)
     if OUT.value:
-        Path(OUT.value).write_text(json.dumps(found.as_json(), indent=1) + "\n")
+        write_atomically(Path(OUT.value), json.dumps(found.as_json(), indent=1) + "\n")
     return 1 if found.fallbacks else 0
 
 

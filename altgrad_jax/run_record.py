@@ -23,7 +23,7 @@ from altgrad_jax.precision.audit import Audit
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.tracking import Record, json_value, read_metrics
 from altgrad_jax.weights import tree_bytes
-from altgrad_jax.workdir import Workdir
+from altgrad_jax.workdir import MANIFEST, Workdir
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def write_manifest(
     before = workdir.read_json("manifest.json")
     if before is not None and before.get("identity") != identity:
         before = None  # another run began here and never saved anything
+    if before is not None:
+        before = workdir.read_json("manifest.json", MANIFEST)
     sessions = before["sessions"] if before else []
     manifest = {
         "run_id": before["run_id"] if before else secrets.token_hex(4),

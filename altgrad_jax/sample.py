@@ -20,14 +20,26 @@ from flax import nnx
 from altgrad_jax import checkpoint, cli
 from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.files import read_json
 from altgrad_jax.layers import layer_shapes, layer_weights
 from altgrad_jax.model import UNQUANTISED, GPTConfig, KVCache, Quantised, gpt_config
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, model_structure
 from altgrad_jax.weights import Weights, unpack
-from altgrad_jax.workdir import read_json
 
 Array = jax.Array
+
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+MANIFEST = {  # what of it is read here
+    "config": {
+        "model": {**dict.fromkeys(_SIZES, int), "tie_embeddings": bool},
+        "precision": {"compute": str, "rules?": [[str]]},
+        "optimizer": {"weights?": str},
+        "stability?": dict,
+        "task?": str,
+    },
+    "corpus": {"cache": str},
+}
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default the newest.")
@@ -114,7 +126,7 @@ def load_run(workdir: str, step: int | None) -> LoadedRun:
     Raises:
       UserError: the folder holds no run, or its checkpoint or cache is missing or damaged.
     """
-    manifest = read_json(Path(workdir).expanduser() / "manifest.json")
+    manifest = read_json(Path(workdir).expanduser() / "manifest.json", MANIFEST)
     if manifest is None:
         raise UserError(f"--workdir={workdir} holds no manifest.json; give a run's work directory")
     config = manifest["config"]

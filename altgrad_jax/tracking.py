@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
+from altgrad_jax import files
 from altgrad_jax.errors import UserError
 
 Record = dict[str, Any]
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Sink(Protocol):
@@ -49,23 +51,45 @@ def json_value(value: Any) -> Any:
 def read_metrics(path: Path) -> list[Record]:
     """All records of a metrics file, floats restored; a torn last line (the process was killed) is left out."""
     records: list[Record] = []
-    if not path.exists():
-        return records
-    lines = path.read_bytes().split(b"\n")
+    lines = (files.read_bytes(path) or b"").split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "step" not in record:
-                raise ValueError("no record of a step")
+            records.append(parse_record(line))
         except ValueError as e:
             if number == len(lines):
                 break
             raise UserError(f"{path} is damaged in line {number} ({e}); restore it or use a new --workdir") from e
-        names = {"NaN", "Infinity", "-Infinity"}
-        records.append({k: float(v) if isinstance(v, str) and v in names else v for k, v in record.items()})
     return records
+
+
+def parse_record(line: bytes) -> Record:
+    """The record that a line of a metrics file holds: `step`, numbers, and what is said of events.
+
+    Raises:
+      ValueError: it holds none; in one line, why.
+    """
+    record = files.parse_json(line)
+    if wrong := files.misfit(record, {"step": int}) or (
+        record.get("event") == "rewind" and files.misfit(record, {"event/skipped_batches": int})
+    ):
+        raise ValueError(f"no record of a step: {wrong}")
+    if not 0 <= record["step"] < 2**53:
+        raise ValueError(f"no record of a step: {record['step']}")
+    restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
+    for key, value in restored.items():
+        if not (is_number(value) or isinstance(value, bool) or key.startswith("event")):
+            raise ValueError(f"{key} is no number")
+    return restored
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one that a float holds; true and false are none."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+AGAIN = "then run the same command again: the checkpoints are whole"
 
 
 class MetricsFile:
@@ -89,17 +113,11 @@ class MetricsFile:
 
     def _rewrite(self, kept: list[Record]) -> None:
         """Puts a file with these records in the place of the old one, and opens it for more."""
-        path = self._path
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        files.write_atomically(self._path, "".join(self._line(record) for record in kept))
         try:
-            with open(temporary, "w") as file:
-                file.writelines(self._line(record) for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            self._file = open(path, "a")  # noqa: SIM115  closed in `close`
+            self._file = open(self._path, "a")  # noqa: SIM115  closed in `close`
         except OSError as e:
-            raise UserError(f"{path} cannot be written: {e.strerror}") from e
+            raise files.unwritable(self._path, e) from e
 
     @staticmethod
     def _line(record: Record) -> str:
@@ -114,10 +132,7 @@ class MetricsFile:
             raise self._unwritable(e) from e
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self._path} cannot be written: {error.strerror}; the older checkpoints are whole: make room and run the"
-            " same command again"
-        )
+        return files.unwritable(self._path, error, AGAIN)
 
     def sync(self) -> None:
         """Returns when all lines are on disk. Raises UserError if they cannot be written."""

@@ -37,7 +37,7 @@ from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.task import HEAD
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
-from altgrad_jax.workdir import Workdir
+from altgrad_jax.workdir import SUMMARY, Workdir
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start,
 
 def _refuse_ended(workdir: Workdir) -> None:
     """Raises UserError if the run in this work directory has diverged: repeating it would diverge again."""
-    summary = workdir.read_json("summary.json")
+    summary = workdir.read_json("summary.json", SUMMARY)
     if summary is not None and summary["status"] == "diverged":
         raise UserError(
             f"the run in {workdir.path} diverged at step {summary['step']}; change the settings and use a new"
@@ -338,7 +338,7 @@ def _refuse_ended(workdir: Workdir) -> None:
 
 def _is_recorded_as_finished(workdir: Workdir, step: int) -> bool:
     """Whether the summary says so; a run killed after its last checkpoint has still to write it."""
-    summary = workdir.read_json("summary.json")
+    summary = workdir.read_json("summary.json", SUMMARY)
     return summary is not None and summary["status"] == "finished" and summary["step"] == step
 
 

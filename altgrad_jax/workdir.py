@@ -4,13 +4,17 @@ config.json  manifest.json  metrics.jsonl  summary.json  checkpoints/<step>/  da
 """
 
 import fcntl
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from altgrad_jax import files
 from altgrad_jax.errors import UserError
+
+# What a summary and a manifest hold, as far as this program reads them again.
+SUMMARY = {"status": str, "step": int, "final": dict}
+MANIFEST = {"run_id": str, "identity": dict, "config": dict, "sessions": [dict]}
 
 
 class BusyError(UserError):
@@ -45,7 +49,8 @@ class Workdir:
                 self._lock = self._hold()
         except OSError as e:
             self._remove_made_folders()
-            raise UserError(f"--workdir={path} cannot be written: {e.strerror}; choose another folder") from e
+            why = files.cause(self.path, e)
+            raise UserError(f"--workdir={path} cannot be written: {why}; choose another folder") from e
 
     def _make_folders(self) -> None:
         self._made |= {folder for folder in (self.path, *self.path.parents) if not folder.exists()}
@@ -103,17 +108,13 @@ class Workdir:
         """The metrics file, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
-    def read_json(self, name: str) -> Any:
-        """A JSON file's content, or None if there is no such file.
-
-        Raises:
-          UserError: the file is no JSON.
-        """
-        return read_json(self.path / name)
+    def read_json(self, name: str, shape: Any = dict) -> Any:
+        """A JSON file's content, or None if there is no such file; as `files.read_json`."""
+        return files.read_json(self.path / name, shape)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Writes a JSON file so that a reader sees the old or the new one, never half of it."""
-        write_json(self.path / name, content)
+        """Replaces a JSON file; as `files.write_json`."""
+        files.write_json(self.path / name, content)
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -127,28 +128,3 @@ def _is_at(handle: int, path: Path) -> bool:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):  # not empty, or gone
         folder.rmdir()
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or None if there is no such file. Raises UserError if it is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}); restore it, or delete it to have it written anew") from e
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replaces a JSON file atomically, on disk before it gets its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {e.strerror}") from e

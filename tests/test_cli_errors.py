@@ -123,7 +123,7 @@ def test_folders_that_cannot_be_used(lab, tmp_path):
         lab.arguments(tmp_path / "run", {"data.data_dir": str(tmp_path / "file" / "data")}),
     ]
     says = [["--workdir=", "cannot be written", "choose another folder"]] * 3
-    says += [["checkpoints cannot be written"], ["cannot write", "--config.data.data_dir=DIR"]]
+    says += [["checkpoints cannot be written"], ["cannot be written", "--config.data.data_dir=DIR"]]
     for done, expected in zip(lab.run_forks(cases), says, strict=True):
         assert_one_line(done, 1, expected)
     assert {k: v for k, v in snapshot(tmp_path).items() if not k.endswith("/.lock")} == before

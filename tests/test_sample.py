@@ -176,7 +176,7 @@ def test_the_run_that_is_read(finished, copied, tmp_path):
     manifest = json.loads((copied / "manifest.json").read_text())
     assert run.cache.sha256 == manifest["corpus"]["sha256"]
     (copied / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json is damaged .*; restore it, or delete it"):
+    with pytest.raises(UserError, match=r"manifest.json is damaged: .*; restore it, or delete it"):
         load_run(str(copied), None)
 
 

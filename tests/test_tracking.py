@@ -90,7 +90,9 @@ def test_a_full_disk_is_told(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file._file.close()
     file._file = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(UserError, match=r"No space left .* older checkpoints are whole: make room and run"):
+    with pytest.raises(
+        UserError, match=r"No space left .*; free some space, then run the same command again: the checkpoints are"
+    ):
         file.log(RECORDS[0])
     with suppress(OSError):
         file.close("failed")

@@ -1,7 +1,6 @@
 """The work directory: one process at a time, and files that are whole or absent."""
 
 import fcntl
-import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from altgrad_jax.console import make_console, print_header
 from altgrad_jax.errors import UserError
-from altgrad_jax.workdir import Workdir, read_json
+from altgrad_jax.workdir import Workdir
 from tests.runs import ROOT
 
 HOLD = (
@@ -156,28 +155,3 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, below):
     with pytest.raises(UserError, match=r"--workdir=.*file.* cannot be written: .*; choose another folder"):
         Workdir(tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_json_files_are_replaced_whole(tmp_path, monkeypatch):
-    workdir = Workdir(tmp_path)
-    assert workdir.read_json("summary.json") is None
-    workdir.write_json("summary.json", {"b": [1, 2.5], "a": None})
-    assert workdir.read_json("summary.json") == {"b": [1, 2.5], "a": None}
-
-    def refuse(self, target):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refuse)
-        with pytest.raises(UserError, match=r"summary.json cannot be written: No space left on device"):
-            workdir.write_json("summary.json", {"new": True})
-    assert workdir.read_json("summary.json") == {"b": [1, 2.5], "a": None}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "summary.json"]
-    workdir.close()
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", json.dumps({"a": 1}).encode()[:-1]])
-def test_a_damaged_json_file_is_told(tmp_path, content):
-    (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"manifest.json is damaged .*; restore it, or delete it"):
-        read_json(tmp_path / "manifest.json")

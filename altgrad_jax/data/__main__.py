@@ -28,12 +28,22 @@ from altgrad_jax.data.corpus import ANY_EURLEX, EURLEX_CONFIGS, brought_caches, 
 from altgrad_jax.data.documents import Source
 from altgrad_jax.data.labels import open_labels
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.files import read_json
 from altgrad_jax.stability import batch_of
 from altgrad_jax.task import make_task
 from altgrad_jax.tracking import read_metrics
-from altgrad_jax.workdir import read_json
 
 CONFIG = cli.define_config()
+MANIFEST = {  # what of a run's is read here
+    "config": {
+        "seed": int,
+        "model": {"block_size": int},
+        "train": {"batch_size": int, "grad_accumulation": int},
+        "task?": str,
+        "data?": dict,
+    },
+    "corpus": {"cache": str, "sha256": str},
+}
 NAMES = ("eurlex", *EURLEX_CONFIGS, "embedded", "files")
 NAME = flags.DEFINE_enum("name", "eurlex", NAMES, "The corpus; eurlex: the one found in --source, else EURLEX57K.")
 SOURCE = flags.DEFINE_string("source", None, "Folder with local copies of the corpus's files; downloads nothing.")
@@ -141,7 +151,7 @@ def batch(console: Console) -> None:
     """The windows and documents that one training step of a run saw."""
     if WORKDIR.value is None or STEP.value is None:
         raise UsageError("batch needs --workdir and --step")
-    manifest = read_json(Path(WORKDIR.value).expanduser() / "manifest.json")
+    manifest = read_json(Path(WORKDIR.value).expanduser() / "manifest.json", MANIFEST)
     if manifest is None:
         raise UserError(f"{WORKDIR.value} holds no manifest.json; give a run's work directory")
     cache = _cache_of(manifest)

@@ -13,7 +13,6 @@ Reading one needs NumPy alone. `cache_build` writes them.
 """
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_jax import files
 from altgrad_jax.data.cache_header import CacheHeader, SplitHeader, parse_header
 from altgrad_jax.data.tokenizer import BYTES_VOCABULARY, GPT2_VOCABULARY, Tokenizer, load_tokenizer
 from altgrad_jax.errors import UserError
@@ -72,7 +72,9 @@ class TokenCache:
         file = self.path / f"{split}.bin"
         try:
             return np.memmap(file, np.dtype(self.header.dtype).newbyteorder("<"), "r", shape=(header.tokens,))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise _refused(file, error) from error
+        except ValueError as error:
             raise _corrupt(file, f"cannot be mapped ({error})") from error
 
     def document_starts(self, split: str) -> npt.NDArray[np.int64]:
@@ -82,6 +84,8 @@ class TokenCache:
         try:
             # Not np.load: that would also take a zip archive.
             starts = np.array(np.lib.format.open_memmap(file, mode="r"))
+        except OSError as error:
+            raise _refused(file, error) from error
         except Exception as error:  # NumPy's header parser lets through whatever Python's own parser raises
             raise _corrupt(file, f"cannot be read ({error})") from error
         ascending = (
@@ -123,9 +127,11 @@ class TokenCache:
         """The tokenizer that made the tokens. Raises UserError if its file is damaged."""
         file = self.path / "tokenizer.json"
         try:
-            tokenizer = load_tokenizer(json.loads(_read(file)))
-        except (ValueError, RecursionError) as error:
-            raise _corrupt(file, "is not JSON") from error
+            tokenizer = load_tokenizer(files.parse_json(_read(file)))
+        except files.UnreadableError:
+            raise
+        except ValueError as error:
+            raise _corrupt(file, f"cannot be used: {error}") from error
         except UserError as error:
             raise _corrupt(file, f"cannot be used: {error}") from error
         if tokenizer.fingerprint() != self.header.tokenizer.fingerprint:
@@ -237,14 +243,23 @@ def _size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as error:
-        raise _corrupt(file, f"cannot be read ({error.strerror})") from error
+        raise _refused(file, error) from error
+
+
+def _refused(file: Path, error: OSError) -> UserError:
+    """A file that is missing or none is damage; one that may not be read just now can be whole."""
+    if isinstance(error, FileNotFoundError):
+        return _corrupt(file, "is missing")
+    if isinstance(error, IsADirectoryError):
+        return _corrupt(file, "is a folder")
+    return files.unreadable(file, error)
 
 
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise _corrupt(file, f"cannot be read ({error.strerror})") from error
+        raise _refused(file, error) from error
 
 
 def _sha256(file: Path) -> str:
@@ -252,4 +267,4 @@ def _sha256(file: Path) -> str:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise _corrupt(file, f"cannot be read ({error.strerror})") from error
+        raise _refused(file, error) from error

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from altgrad_jax.data.documents import SPLITS
 from altgrad_jax.data.tokenizer import BYTES_VOCABULARY, KINDS
+from altgrad_jax.files import parse_json
 
 FORMAT_VERSION = 1
 
@@ -140,9 +141,9 @@ def parse_header(text: bytes) -> CacheHeader:
       ValueError: it is not one; the message completes "header.json ...".
     """
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("is not JSON") from error
+        fields = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"cannot be used: {error}") from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version != FORMAT_VERSION:
         raise ValueError(f"has format version {version}, and this version of altgrad_jax reads {FORMAT_VERSION}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from altgrad_jax import files
 from altgrad_jax.data.locks import exclusive
 from altgrad_jax.data.progress import progress_bar
 from altgrad_jax.errors import UserError
@@ -78,7 +79,7 @@ def fetch(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create {directory}: {error.strerror}; choose a folder you may write to") from error
+        raise files.unwritable(directory, error, "or choose another folder") from error
     target = directory / remote.name
     with exclusive(directory / f".{remote.name}.lock"):
         if target.is_file() and target.stat().st_size == remote.size and sha256_of(target) == remote.sha256:
@@ -87,8 +88,9 @@ def fetch(
         try:
             _download(remote, part, progress, timeout)
             os.replace(part, target)
+            files.sync_folder(directory)
         except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+            raise files.unwritable(target, error) from error
         finally:
             part.unlink(missing_ok=True)
     return target

@@ -26,6 +26,7 @@ from altgrad_jax.data.eurlex_layouts import CONCEPTS_FILE, SOURCE_FILE, Layout, 
 from altgrad_jax.data.jsonlines import read_json_file
 from altgrad_jax.data.locks import exclusive
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.files import unwritable
 
 
 class EurlexSource:
@@ -148,7 +149,7 @@ def prepare(
             if overwrite or not _is_ready(folder, layout):
                 _build(layout, data_dir, folder, progress)
     except OSError as error:
-        raise UserError(f"cannot prepare {folder}: {error.strerror or error}") from error
+        raise unwritable(folder, error) from error
     return EurlexSource(layout.corpus.name, data_dir)
 
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from altgrad_jax import files
 from altgrad_jax.errors import UserError
 
 
@@ -61,9 +62,9 @@ def write_file(path: Path, data: bytes) -> str:
 def move_into_place(unfinished: Path, folder: Path) -> None:
     """Renames a finished folder whose files are on disk: after a power cut it is there whole, or not at all."""
     try:
-        _sync_names(unfinished)
+        files.sync_folder(unfinished)
         os.rename(unfinished, folder)
-        _sync_names(folder.parent)
+        files.sync_folder(folder.parent)
     except OSError as error:
         raise unwritable(folder, error) from error
 
@@ -79,16 +80,4 @@ def remove_folder(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """The error to raise when the operating system refuses to write `path`."""
-    return UserError(
-        f"cannot write {path}: {error.strerror}; make room, or give a folder you may write to with "
-        "--config.data.data_dir=DIR"
-    )
-
-
-def _sync_names(folder: Path) -> None:
-    """Puts the folder's list of names on disk, without which a synced file may be lost with the power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return files.unwritable(path, error, "or give another folder with --config.data.data_dir=DIR")

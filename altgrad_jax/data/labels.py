@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_jax import files
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.data.cache_header import hash_of, parse_as
 from altgrad_jax.data.hashed_files import write_file
@@ -83,6 +84,8 @@ class Labels:
         file = self.cache.path / f"{split}.labels.npy"
         try:
             pairs = np.array(np.lib.format.open_memmap(file, mode="r"))
+        except OSError as error:
+            raise files.unreadable(file, error) from error
         except Exception as error:  # NumPy's header parser lets through whatever Python's own parser raises
             raise _corrupt(file, f"cannot be read ({error})") from error
         size = np.array([wanted.documents, len(self.header.labels)])
@@ -109,10 +112,8 @@ def open_labels(cache: TokenCache) -> Labels:
             " folder, and the next run on a machine with the corpus builds it again, labels included"
         )
     try:
-        header = parse_as(LabelHeader, json.loads(path.read_bytes()), "the labels")
-    except OSError as error:
-        raise _corrupt(path, f"cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+        header = parse_as(LabelHeader, files.parse_json(files.read_bytes(path) or b""), "the labels")
+    except ValueError as error:
         raise _corrupt(path, f"cannot be understood ({error})") from error
     if header.format_version != FORMAT_VERSION:
         raise _corrupt(path, f"has format version {header.format_version}, and this one reads {FORMAT_VERSION}")
@@ -136,10 +137,10 @@ def open_labels(cache: TokenCache) -> Labels:
 
 
 def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise _corrupt(path, f"cannot be read ({error.strerror})") from error
+    data = files.read_bytes(path)
+    if data is None:
+        raise _corrupt(path, "is missing")
+    return hashlib.sha256(data).hexdigest()
 
 
 def write_labels(

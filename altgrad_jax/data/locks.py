@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from altgrad_jax.errors import UserError
+from altgrad_jax import files
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
+        raise files.unwritable(path, error, "or choose another folder") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

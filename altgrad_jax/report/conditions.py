@@ -3,13 +3,14 @@
 A sweep writes a run's condition into its manifest. Of any other run it is read from the configuration.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from altgrad_jax import files
+from altgrad_jax.errors import UserError
 from altgrad_jax.report.runs import Run, is_number
 
 PLAIN = "bf16"  # the recipe of a run without rules
@@ -154,7 +155,6 @@ def read_matrix(path: Path) -> Matrix | None:
 def _read(file: Path) -> tuple[dict[str, Any], str]:
     """(the object in a JSON file, what is wrong with it)."""
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        return {}, f"{file.name} cannot be read: {' '.join(str(e).split())}"
-    return (found, "") if isinstance(found, dict) else ({}, f"{file.name} holds no object")
+        return files.read_json(file, way_out="it is left out") or {}, ""
+    except UserError as e:
+        return {}, str(e)

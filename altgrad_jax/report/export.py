@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.files import write_atomically
 from altgrad_jax.report.answer import answer, question
 from altgrad_jax.report.cells import Cell, Table
 from altgrad_jax.report.facts import (
@@ -91,10 +92,7 @@ def write_report(study: Study, page: Path, command: str) -> list[Path]:
         page.with_suffix(".md"): as_markdown(study, made, command),
     }
     for path, content in texts.items():
-        try:
-            path.write_text(content, encoding="utf-8")
-        except OSError as e:
-            raise UserError(f"{path} cannot be written: {e.strerror}") from e
+        write_atomically(path, content)
     return list(texts)
 
 

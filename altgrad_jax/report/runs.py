@@ -3,15 +3,15 @@
 Nothing here stops at a defect of a run: what is missing or broken is named in `Run.problems`, and the rest is used.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from altgrad_jax import files
 from altgrad_jax.errors import UserError
-from altgrad_jax.tracking import Record
+from altgrad_jax.tracking import NOT_FINITE, Record, is_number
 
 # What must be equal for the losses of two runs to be compared: the data, the model's task, and how long it was learned.
 MUST_AGREE = (
@@ -32,7 +32,6 @@ MUST_AGREE = (
     "optimizer.warmup_steps",
     "optimizer.min_lr_ratio",
 )
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,6 @@ def read_run(path: Path) -> Run:
     return Run(path, path.resolve().name, tuple(records), manifest, summary, tuple(problems), identity)
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one that a float holds; true and false are none."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
-
-
 def _read_records(path: Path, problems: list[str]) -> list[Record]:
     """The records of a metrics file in order of their steps: numbers, and what is said of events.
 
@@ -116,14 +110,14 @@ def _read_records(path: Path, problems: list[str]) -> list[Record]:
     A last line without its end is no defect: the run was killed, or is still going on.
     """
     try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as e:
-        problems.append(f"{path.name} cannot be read: {e.strerror}")
+        lines = (files.read_bytes(path) or b"").split(b"\n")
+    except UserError as e:
+        problems.append(str(e))
         return []
     records, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line else None
+            record = files.parse_json(line) if line else None
         except ValueError:
             record = ()
         if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**53:
@@ -139,15 +133,12 @@ def _read_records(path: Path, problems: list[str]) -> list[Record]:
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
+        found = files.read_json(path, way_out="it is left out")
+    except UserError as e:
+        problems.append(str(e))
+        return {}
+    if found is None:
         problems.append(f"no {path.name}")
-        return {}
-    except (OSError, ValueError) as e:
-        problems.append(f"{path.name} cannot be read: {' '.join(str(e).split())}")
-        return {}
-    if not isinstance(found, dict):
-        problems.append(f"{path.name} holds no object")
         return {}
     return found
 

@@ -29,6 +29,7 @@ from altgrad_jax.config import check_is_matrix, load_config
 from altgrad_jax.console import make_console, print_header
 from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meaning
 from altgrad_jax.errors import UsageError
+from altgrad_jax.files import read_json, write_json
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_xla_flags
 from altgrad_jax.sweep.groups import program_keys
@@ -36,7 +37,6 @@ from altgrad_jax.sweep.matrix import PLAIN_CONFIG, Condition, conditions
 from altgrad_jax.sweep.progress import Progress
 from altgrad_jax.sweep.run import in_process_of_its_own, refuse_others, run_all
 from altgrad_jax.sweep.search import choose, search_conditions
-from altgrad_jax.workdir import read_json, write_json
 
 MANY_ON_CPU, MANY = 8, 64  # conditions in one program where config.together is 0
 
@@ -127,7 +127,7 @@ def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condit
             "name": matrix.name,
             "question": matrix.question,
             "command": ["python", "-m", "altgrad_jax.sweep", *sys.argv[1:]],
-            "created": (read_json(workdir / "matrix.json") or {}).get("created", now),
+            "created": (read_json(workdir / "matrix.json", {"created?": str}) or {}).get("created", now),
             "conditions": [{"name": c.name, **c.facts} for c in all_conditions],
         },
     )

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from altgrad_jax.console import PLAIN_LINE_SECONDS, clock
 from altgrad_jax.sweep.matrix import Condition
-from altgrad_jax.sweep.requests import ended
-from altgrad_jax.workdir import read_json
+from altgrad_jax.sweep.requests import ended, read_summary
 
 
 class Progress:
@@ -61,7 +60,7 @@ class Progress:
         if name not in self._running:  # another sweep ran it
             self._before += self._steps[name] - self._done.get(name, 0)
         self._done[name] = self._steps[name]
-        summary = read_json(self._folder / name / "summary.json") or {}
+        summary = read_summary(self._folder / name) or {}
         loss = summary.get("final", {}).get("val/loss")
         result = f"val loss {loss:.4f}" if isinstance(loss, float) else summary.get("reason", "")
         self.note(f"{name} {status}{': ' if result else ''}{result}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from altgrad_jax.workdir import read_json
+from altgrad_jax.files import read_json
 
 ENDED = ("finished", "diverged", "failed")
 
@@ -17,8 +17,13 @@ def ended(folder: Path) -> str | None:
     Raises:
       UserError: its summary is damaged.
     """
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     return summary["status"] if summary is not None and summary["status"] in ENDED else None
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary in a work directory, or None if there is none. Raises UserError if it is damaged."""
+    return read_json(folder / "summary.json", {"status": str, "final?": dict})
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from typing import Any
 
 from altgrad_jax import provenance
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import read_json, write_json
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.sweep.groups import ALONE, groups
 from altgrad_jax.sweep.matrix import Condition
 from altgrad_jax.sweep.progress import Progress
-from altgrad_jax.sweep.requests import Member, Outcome, Request, ended
+from altgrad_jax.sweep.requests import Member, Outcome, Request, ended, read_summary
 from altgrad_jax.sweep.worker import answer, work
-from altgrad_jax.workdir import BusyError, Workdir, read_json, write_json
+from altgrad_jax.workdir import BusyError, Workdir
 
 PARTS = "parts.json"  # in a group's folder: the size it has been cut to
 WAIT_SECONDS = 2.0  # between looks at a group that another process holds
@@ -127,7 +128,7 @@ def _all_ended(unit: _Unit, folder: Path, progress: Progress) -> bool:
 
 def _cut(unit: _Unit, home: Path) -> list[_Unit]:
     """The parts into which a unit has been cut before, so that it is not begun as a whole again; none if it was not."""
-    found = read_json(home / PARTS)
+    found = read_json(home / PARTS, {"size": int})
     return _parts(unit, found["size"]) if found is not None else []
 
 
@@ -159,7 +160,7 @@ def refuse_others(conditions: Sequence[Condition], folder: Path, data_sha256: st
                 config.get("checkpoint", {}).pop(key, None)
             for key in without:
                 config.get("optimizer", {}).pop(key, None)
-        manifest = read_json(folder / condition.name / "manifest.json") or {}
+        manifest = read_json(folder / condition.name / "manifest.json", {"identity?": dict}) or {}
         on = manifest.get("identity", {}).get("data.sha256", data_sha256)
         if stored != current or on != data_sha256:
             what = _first_difference(stored, current) if stored != current else f"data: {on[:8]} -> {data_sha256[:8]}"
@@ -275,7 +276,7 @@ def _write_failed(folder: Path, condition: Condition, reason: str) -> None:
         facts = {"condition": condition.facts, "config": provenance.config_dict(condition.config)}
         write_json(folder / "manifest.json", facts | {"command": list(condition.command)})
         write_json(folder / "config.json", facts["config"])
-    summary = read_json(folder / "summary.json") or {"step": 0, "final": {}}
+    summary = read_summary(folder) or {"step": 0, "final": {}}
     write_json(folder / "summary.json", summary | {"status": "failed", "reason": reason})
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.sweep.matrix import Condition, conditions
-from altgrad_jax.workdir import read_json
+from altgrad_jax.sweep.requests import read_summary
 
 
 def search_conditions(matrix: ConfigDict, plain: ConfigDict) -> list[Condition]:
@@ -67,7 +67,7 @@ def choose(tried: Sequence[Condition], folder: Path, optimizers: Sequence[str] =
     """
     losses: dict[str, dict[float, list[float]]] = {}
     for condition in tried:
-        summary = read_json(folder / condition.name / "summary.json") or {}
+        summary = read_summary(folder / condition.name) or {}
         loss = summary.get("final", {}).get("val/loss")
         usable = summary.get("status") == "finished" and isinstance(loss, float)
         of_optimizer = losses.setdefault(condition.facts["optimizer"], {})

@@ -18,11 +18,12 @@ import jax
 
 from altgrad_jax.cli import quiet_libraries
 from altgrad_jax.errors import UserError
+from altgrad_jax.files import write_json
 from altgrad_jax.machine import OutOfMemoryError, is_out_of_memory
 from altgrad_jax.sweep.group import Tell, TooLargeError, train_together
-from altgrad_jax.sweep.requests import Outcome, Request, ended
+from altgrad_jax.sweep.requests import Outcome, Request, ended, read_summary
 from altgrad_jax.train import train
-from altgrad_jax.workdir import BusyError, read_json, write_json
+from altgrad_jax.workdir import BusyError
 
 
 def work(request: Request, connection: Connection) -> None:
@@ -90,7 +91,7 @@ def _train(request: Request, tell: Tell) -> Outcome:
 def _take_back(folder: Path) -> None:
     """What stops the sweep is no result of the condition that met it: its run is one that can go on."""
     with suppress(UserError):
-        summary = read_json(folder / "summary.json")
+        summary = read_summary(folder)
         if summary is not None and summary["status"] == "failed":
             write_json(folder / "summary.json", summary | {"status": "interrupted"})
 

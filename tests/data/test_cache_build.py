@@ -227,7 +227,10 @@ def test_a_document_that_is_no_unicode_is_named(tmp_path, kind):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/cache: Not a directory; .*--config.data.data_dir=DIR"):
+    with pytest.raises(
+        UserError,
+        match=r"file/cache cannot be written: Not a directory: .*file is a file, .*--config.data.data_dir=DIR",
+    ):
         build_cache(TinySource(), "bytes", 257, tmp_path / "file" / "cache", progress=False)
 
 
@@ -237,7 +240,9 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, call):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(*((hashed_files, "open") if call == "open" else (hashed_files.os, call)), full, raising=False)
-    with pytest.raises(UserError, match=r"cannot write .*: No space left on device; make room"):
+    with pytest.raises(
+        UserError, match=r"cannot be written: No space left on device: .*; free some space, or give another"
+    ):
         build_cache(TinySource(), "bytes", 257, tmp_path, progress=False)
     monkeypatch.undo()
     assert listing(tmp_path) == []

@@ -289,7 +289,7 @@ def test_missing_source(tmp_path):
 
 def test_unwritable_data_dir(tmp_path, source):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot prepare .*file"):
+    with pytest.raises(UserError, match=r"file.* cannot be written: "):
         prepare(tmp_path / "file", source=source, progress=False)
 
 

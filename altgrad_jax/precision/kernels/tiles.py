@@ -115,7 +115,7 @@ def load_tiles(file: str) -> TileTable:
     """
     try:
         content = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read as JSON: {' '.join(str(e).split())}") from e
     results = content.get("results") if isinstance(content, dict) else None
     rows = results.get("products") if isinstance(results, dict) else None
