@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.formats import FloatFormat, FormatLike, get_format
 
 SIGN = np.uint32(0x8000_0000)
 INF = np.uint32(0x7F80_0000)
@@ -57,15 +57,18 @@ class Grid:
     addable: bool = field(metadata={"static": True})
 
     @staticmethod
-    def of(fmt: FloatFormat | str) -> "Grid":
+    def of(fmt: FormatLike) -> "Grid":
         """The grid of a format, as NumPy scalars.
 
         Raises:
+          TypeError: it is neither a format, nor the name or dtype of one.
           ValueError: an unknown name, or a format without sign or zero, which numbers are not rounded to here.
         """
         fmt = get_format(fmt)
-        if not (fmt.signed and fmt.has_zero):
+        if not fmt.has_zero:
             raise ValueError(f"{fmt.name} holds only powers of two, no sign and no zero: it is for block scales")
+        if not fmt.signed:
+            raise ValueError(f"{fmt.name} has no sign: its values can be shown, and numbers are not rounded to it")
         largest = np.uint32(_largest_within_float32(fmt).view(np.uint32))
         beyond = INF if fmt.inf else largest if fmt.nan == "none" else QUIET_NAN
         return Grid(
@@ -83,8 +86,10 @@ class Grid:
         )
 
 
-def stack_grids(formats: Sequence[FloatFormat | str]) -> Grid:
-    """The grids of several formats with a leading axis, for `vmap`."""
+def stack_grids(formats: Sequence[FormatLike]) -> Grid:
+    """The grids of several formats with a leading axis, for `vmap`. Raises as `Grid.of`, and for no formats."""
+    if isinstance(formats, str) or not formats:
+        raise ValueError(f"stack_grids takes a list of one or more formats, not {formats!r}")
     grids = [Grid.of(fmt) for fmt in formats]
     carriers = tuple(name for name in CARRIERS if all(name in grid.carriers for grid in grids))
     tiny = any(grid.has_tiny_values for grid in grids)

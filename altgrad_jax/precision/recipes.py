@@ -113,6 +113,14 @@ RECIPES = {
     "mxfp6_e2m3": _uniform("e2m3fn", scaling="mx"),
     "mxfp4": _uniform("e2m1fn", scaling="mx"),
 }
+# Names of what is no recipe here -> why, or what is.
+ELSEWHERE = {
+    "nvfp4": "there are no blocks with E4M3 scales here; mxfp4 has these elements, and power-of-two scales",
+    "mxfp8_e4m3": "it is called mxfp8",
+    "mxfp8blockscaling": "Transformer Engine's recipe of this name is mxfp8",
+    "delayedscaling": "Transformer Engine's recipe of this name is 'hybrid scaling=delayed'",
+    "float8currentscaling": "Transformer Engine's recipe of this name is 'hybrid scaling=current'",
+}
 _PREFIXES = {"x": "activation", "w": "weight", "g": "gradient"}
 _NUMBERS = {"scale": float, "history": int, "margin": int, "pow2": int}
 _CHOICES = {"scaling": SCALINGS, "granularity": GRANULARITIES, "rounding": ROUNDINGS, "overflow": OVERFLOWS}
@@ -125,12 +133,12 @@ def parse_recipe(text: str) -> Recipe | None:
       ValueError: an unknown recipe, format or option (the nearest is named), or options that do not go together.
     """
     base, *options = text.split() or [""]
-    if base in (PLAIN, "bfloat16"):
+    if base.lower() in (PLAIN, "bfloat16"):
         if options:
             raise ValueError(f"recipe {text!r}: {PLAIN} leaves a layer as it is and takes no options")
         return None
-    if base in RECIPES:
-        roles = dict(zip(ROLES, RECIPES[base], strict=True))
+    if base.lower() in RECIPES:  # E4M3 and HYBRID are Transformer Engine's names
+        roles = dict(zip(ROLES, RECIPES[base.lower()], strict=True))
     else:
         roles = dict(zip(ROLES, _uniform(_format_or_nearest(base)), strict=True))
     for option in options:
@@ -148,7 +156,9 @@ def _format_or_nearest(base: str) -> str:
     try:
         get_format(base)
     except ValueError as e:
-        nearest = difflib.get_close_matches(base, RECIPES, 1, cutoff=0.6)
+        if (why := ELSEWHERE.get(base.lower())) is not None:
+            raise ValueError(f"unknown recipe or format {base!r}: {why}") from None
+        nearest = difflib.get_close_matches(base.lower(), RECIPES, 1, cutoff=0.6)
         if nearest and "unknown format" in str(e):
             raise ValueError(f"unknown recipe or format {base!r}: did you mean {nearest[0]!r}?") from None
         raise ValueError(str(e).replace("unknown format", "unknown recipe or format")) from None

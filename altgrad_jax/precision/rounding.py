@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
+from jax.typing import ArrayLike
 
-from altgrad_jax.precision.formats import FloatFormat, get_format
-from altgrad_jax.precision.grid import BIAS, CARRIERS, INF, MANTISSA, QUIET_NAN, SIGN, Grid
+from altgrad_jax.precision.codes import as_codes
+from altgrad_jax.precision.formats import FloatFormat, FormatLike, get_format
+from altgrad_jax.precision.grid import BIAS, INF, MANTISSA, QUIET_NAN, SIGN, Grid
+from altgrad_jax.precision.operands import Float64, as_operand, to_float32, to_float64
 from altgrad_jax.precision.short_rounding import is_short, round_bfloat16
 from altgrad_jax.precision.target import on_cpu
 from altgrad_jax.precision.threefry import random_bits
@@ -30,8 +33,8 @@ OVERFLOWS = ("saturate", "special")
 
 
 def round_to_format(
-    x: Array,
-    fmt: FloatFormat | Grid | str,
+    x: ArrayLike,
+    fmt: FormatLike | Grid,
     rounding: str = "nearest",
     overflow: str = "saturate",
     key: Array | None = None,
@@ -41,7 +44,8 @@ def round_to_format(
     The gradient is passed straight through: the cotangent of the result is that of x, everywhere.
 
     Args:
-      x: float32, bfloat16 or float16.
+      x: float32, bfloat16, float16, or float64 (Python's floats and lists of them too), which is rounded once, with and
+        without `jax_enable_x64`.
       fmt: a format, its name, or a `Grid` whose numbers may be traced.
       rounding: "nearest" (ties to the even code), "toward_zero", or "stochastic" (up or down so that the expected
         value is x; needs `key`).
@@ -50,14 +54,27 @@ def round_to_format(
       key: PRNG key of the stochastic rounding.
 
     Returns:
-      An array of x's shape and dtype. NaN stays NaN, in formats without NaN too: in this array it cannot be mistaken
-      for a number.
+      An array of x's shape and dtype; of float64, float32 where JAX has no float64. NaN stays NaN, in formats without
+      NaN too: in this array it cannot be mistaken for a number.
 
     Raises:
-      ValueError: unknown format, rounding or overflow; no key; or a dtype that cannot hold the format's values.
+      TypeError: fmt is neither a format, nor the name or dtype of one, nor a `Grid`.
+      ValueError: unknown format, rounding or overflow; no key; a dtype that cannot hold the format's values, or float64
+        and a format that reaches beyond float32.
     """
-    x = jnp.asarray(x)
-    _check(x, rounding, overflow, key)
+    _check(rounding, overflow, key)
+    operand = as_operand(x)
+    if not isinstance(operand, Float64):
+        return _rounded(operand, fmt, rounding, overflow, key)
+    narrow = to_float32(operand, _within_float32(fmt), rounding, key)
+    rounded = _rounded(narrow, fmt, rounding, overflow, key)
+    if jax.dtypes.canonicalize_dtype("float64") != "float64":
+        return rounded
+    return straight_through(jnp.asarray(x, "float64"), to_float64(rounded))
+
+
+def _rounded(x: Array, fmt: FormatLike | Grid, rounding: str, overflow: str, key: Array | None) -> Array:
+    """`round_to_format` of an array of a dtype in `CARRIERS`."""
     if rounding == "nearest" and not isinstance(fmt, Grid) and has_native_cast(fmt) and _native_is_faster():
         return straight_through(x, _native_round(lax.stop_gradient(x), get_format(fmt), overflow))
     grid = fmt if isinstance(fmt, Grid) else Grid.of(fmt)
@@ -70,6 +87,15 @@ def round_to_format(
     return straight_through(x, _from_bits(bits, x.dtype))
 
 
+def _within_float32(fmt: FormatLike | Grid) -> Grid:
+    """The grid of a format to which float64 can be rounded. Raises ValueError."""
+    grid = fmt if isinstance(fmt, Grid) else Grid.of(fmt)
+    if grid.has_tiny_values or not (isinstance(fmt, Grid) or get_format(fmt).max_exponent <= BIAS):
+        name = "one of these formats" if isinstance(fmt, Grid) else get_format(fmt).name
+        raise ValueError(f"float64 is not rounded to {name}, which reaches beyond float32's range; pass float32")
+    return grid
+
+
 def narrowed(x: Array, dtype: jnp.dtype) -> Array:
     """x.astype(dtype), for float32 values that the dtype holds: to bfloat16 without the work of rounding them.
 
@@ -79,28 +105,31 @@ def narrowed(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def encode(
-    x: Array,
-    fmt: FloatFormat | str,
+    x: ArrayLike,
+    fmt: FormatLike,
     rounding: str = "nearest",
     overflow: str = "saturate",
     key: Array | None = None,
 ) -> Array:
     """The codes of x rounded to the format: uint8, uint16 or uint32, arguments as in `round_to_format`.
 
-    NaN becomes the format's NaN code. A format without NaN gets the code that ml_dtypes gives it, that of -0 (of 0
-    without one): count NaNs before encoding.
+    NaN becomes the format's NaN code of the same sign, as in ml_dtypes, where the format has one of each. A format
+    without NaN gets the code of -0 (of 0 without one): count NaNs before encoding.
     """
-    x, fmt = jnp.asarray(x), get_format(fmt)
-    _check(x, rounding, overflow, key)
-    grid = Grid.of(fmt)
-    bits = _round_bits(_bits(x), grid, rounding, overflow, key)
+    _check(rounding, overflow, key)
+    fmt = get_format(fmt)
+    grid, operand = Grid.of(fmt), as_operand(x)
+    if isinstance(operand, Float64):
+        operand = to_float32(operand, _within_float32(fmt), rounding, key)
+    bits = _round_bits(_bits(operand), grid, rounding, overflow, key)
     sign, magnitude = bits >> 31, bits & ~SIGN
     code = magnitude_codes(magnitude, grid)
     if fmt.inf_code is not None:
         code = jnp.where(magnitude == INF, np.uint32(fmt.inf_code), code)
-    code = code | (sign << (fmt.bits - 1))
     nan_code = fmt.nan_code if fmt.nan_code is not None else fmt.magnitudes if fmt.negative_zero else 0
-    return jnp.where(magnitude > INF, np.uint32(nan_code), code).astype(fmt.code_dtype)
+    code = jnp.where(magnitude > INF, np.uint32(nan_code), code)
+    one_nan = (magnitude > INF) & (fmt.nan in ("zero", "none"))
+    return jnp.where(one_nan, code, code | (sign << (fmt.bits - 1))).astype(fmt.code_dtype)
 
 
 def magnitude_codes(magnitude: Array, grid: Grid) -> Array:
@@ -129,12 +158,22 @@ def magnitude_values(codes: Array, grid: Grid) -> Array:
     return jnp.where((significand > 0) & (exponent > 0), bits, np.uint32(0))
 
 
-def decode(codes: Array, fmt: FloatFormat | str) -> Array:
-    """The values of codes, float32; those that float32 cannot hold become inf or 0."""
+def decode(codes: ArrayLike, fmt: FormatLike) -> Array:
+    """The values of codes, float32; those that float32 cannot hold become inf or 0.
+
+    Args:
+      codes: integers of any width, or an array of the format's own dtype, of which the bits are taken. Traced integers
+        cannot be looked at: they must be of the format's `code_dtype`, and those that are no codes become NaN.
+      fmt: the format, its name, or its dtype.
+
+    Raises:
+      TypeError, ValueError: no such format; codes of another dtype, or that the format has not.
+    """
     fmt = get_format(fmt)
+    codes = as_codes(codes, fmt)
     if fmt.bits == 32:
-        return lax.bitcast_convert_type(jnp.asarray(codes, jnp.uint32), jnp.float32)
-    return jnp.asarray(_float32_table(fmt))[jnp.asarray(codes).astype(jnp.int32)]
+        return lax.bitcast_convert_type(codes, jnp.float32)
+    return jnp.asarray(_float32_table(fmt)).at[codes.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
 
 
 @cache
@@ -143,7 +182,7 @@ def _float32_table(fmt: FloatFormat) -> npt.NDArray[np.float32]:
         return np.array([fmt.value(code) for code in range(1 << fmt.bits)]).astype(np.float32)
 
 
-def has_native_cast(fmt: FloatFormat | str) -> bool:
+def has_native_cast(fmt: FormatLike) -> bool:
     """Whether `x.astype` to this format's own dtype rounds to it as `round_to_format` does."""
     fmt = get_format(fmt)
     return fmt.dtype is not None and fmt.bits <= 8 and fmt.signed
@@ -168,15 +207,13 @@ def _native_round(x: Array, fmt: FloatFormat, overflow: str) -> Array:
     return native_cast(x, fmt, overflow).astype(x.dtype)
 
 
-def _check(x: Array, rounding: str, overflow: str, key: Array | None) -> None:
+def _check(rounding: str, overflow: str, key: Array | None) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}")
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow={overflow!r} is not one of {', '.join(OVERFLOWS)}")
     if rounding == "stochastic" and key is None:
         raise ValueError("rounding='stochastic' needs key=, a PRNG key")
-    if x.dtype.name not in CARRIERS:
-        raise ValueError(f"x has dtype {x.dtype}; rounding takes {', '.join(CARRIERS)}")
 
 
 @jax.custom_jvp

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def test_every_code_there_and_back(name):
         assert_same(values, expected.astype(np.float32), expected, f"{name} decoded")
     again = np.asarray(jax.jit(partial(encode, fmt=fmt, overflow="special"))(values))
     assert again.dtype == fmt.code_dtype == codes.dtype
-    # Left out: values that float32 lacks, and NaNs, of which one code is written.
+    # Left out: values that float32 lacks, and NaNs, of which one code of each sign is written.
     nan, finite = np.isnan(expected), codes % fmt.magnitudes < magnitudes(fmt).size
     ordinary = (expected != 0) & np.isfinite(expected) & (values == expected)
     exact = np.where(finite, ordinary | (codes % fmt.magnitudes == 0), np.isinf(expected)) & ~nan
@@ -95,15 +96,16 @@ def test_encode_and_round_agree(rounding, dtype):
 def test_codes_of_ml_dtypes(name):
     fmt, dtype = get_format(name), {**NATIVE, **SMALL}[name]
     x = np.concatenate([telling_inputs(fmt), random_floats(2, 100_000)])
-    x = np.append(x[~np.isnan(x)], np.float32("nan"))
+    x = np.append(x[~np.isnan(x)], np.uint32([0x7FC00000, 0xFFC00000]).view(np.float32))
     with np.errstate(over="ignore", invalid="ignore"):
         native = x.astype(dtype)
     expected = native.view(fmt.code_dtype)
     codes = np.asarray(jax.jit(partial(encode, fmt=name, overflow="special"))(x))
-    nan = np.isnan(native.astype(np.float32)) if fmt.nan != "none" else np.zeros(x.shape, bool)
-    np.testing.assert_array_equal(codes[~nan], expected[~nan])
-    # NaN's code carries a sign in ml_dtypes, and here does not.
-    np.testing.assert_array_equal(codes[nan] & (fmt.magnitudes - 1), expected[nan] & (fmt.magnitudes - 1))
+    # Without NaN, ml_dtypes makes -0 of NaN and 0 of -NaN.
+    told = slice(None) if fmt.nan != "none" else ~np.isnan(x)
+    np.testing.assert_array_equal(codes[told], expected[told])
+    if fmt.nan in ("ieee", "top"):
+        assert len(set(codes[np.isnan(x)])) == 2, "one of each sign"
 
 
 def test_codes_of_nan_without_a_nan():
@@ -129,3 +131,47 @@ def test_values_beyond_float32_decode_to_infinity_or_zero():
     assert (values[1:] == np.where(exponent > 127, np.inf, np.where(exponent < -149, 0, values))[1:]).all()
     assert np.isfinite(values).sum() < 2**15 and values[np.isfinite(values)].max() == 2.0**127 < FLOAT32_MAX
     assert values[16382 + 1 - 149] == 2.0**-149
+
+
+def test_native_arrays_are_taken_by_their_bits():
+    for name, dtype in {**NATIVE, **SMALL, "e8m0fnu": ml_dtypes.float8_e8m0fnu}.items():
+        fmt = get_format(name)
+        codes = np.arange(1 << fmt.bits).astype(fmt.code_dtype)
+        native = codes.view(dtype)
+        for array in (native, native[:3].reshape(3, 1), native[5]):
+            expected = np.asarray(array).astype(np.float32)
+            assert_same(decode(array, name), expected, expected, name)
+            assert_same(decode(array, dtype), expected, expected, name)
+    x = jnp.asarray([1, -2, 448, jnp.nan], jnp.float8_e4m3fn)
+    expected = np.float32([1, -2, 448, np.nan])
+    for decoded in (decode(x, "e4m3fn"), jax.jit(partial(decode, fmt="F8E4M3FN"))(x)):
+        assert_same(decoded, expected, expected)
+
+
+def test_what_is_no_code_is_refused():
+    for codes, name, said in (
+        (
+            jnp.ones(2, jnp.float8_e5m2),
+            "e4m3fn",
+            "are integers or arrays of its own dtype, not float8_e5m2",
+        ),
+        (60.7, "e5m2", "not float64"),
+        (jnp.arange(3.0), "e5m2", "not float32"),
+        ([True], "e5m2", "not bool"),
+        (np.int64([3, 16]), "e2m1fn", "e2m1fn has the codes 0 to 15; 16 is none of them"),
+        (jnp.uint8([3, 77]), "e2m3fn", "e2m3fn has the codes 0 to 63; 77 is none of them"),
+        (300, "e4m3fnuz", "e4m3fnuz has the codes 0 to 255; 300 is none of them"),
+        (np.int8([-1]), "e5m2", "-1 is none of them"),
+        (2**32, "float32", "4294967296 is none of them"),
+        (np.uint64([2**63 + 1]), "e5m2", "is none of them"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            decode(codes, name)
+        assert said in str(refused.value)
+    with pytest.raises(ValueError, match="^traced codes of e5m2 must be uint8, not int32: whether they are codes"):
+        jax.jit(partial(decode, fmt="e5m2"))(jnp.arange(3))
+    traced = np.asarray(jax.jit(partial(decode, fmt="e2m1fn"))(jnp.uint8([7, 15, 16, 255])))
+    np.testing.assert_array_equal(traced, [6, -6, np.nan, np.nan])
+    # Codes of another width are codes, where they can be seen.
+    np.testing.assert_array_equal(decode([0x3C, 0xBC], "e5m2"), [1, -1])
+    np.testing.assert_array_equal(decode(jnp.array([2, 15], jnp.uint4), "e2m1fn"), [1, -6])

@@ -6,12 +6,14 @@ from fractions import Fraction
 
 import gfloat
 import gfloat.formats
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from altgrad_jax.precision.formats import FloatFormat, family, get_format, registry
+from altgrad_jax.precision.grid import stack_grids
 from altgrad_jax.precision.rounding import round_to_format
 
 INF, NAN = "inf", "NaN"
@@ -229,6 +231,67 @@ def test_ulps_by_hand():
         *(2.0**-16, 2.0**-16, 2.0**13),
     ]
     assert get_format("e0m7").ulp([0, 0.9, 2.0**-7]).tolist() == [2.0**-7] * 3
+
+
+def test_ulp_where_the_grid_has_none_is_nan():
+    for fmt in (*SMALL, get_format("float16"), get_format("float32")):
+        beyond = np.nextafter(fmt.max, np.inf)
+        assert np.isnan(fmt.ulp([np.nan, np.inf, -np.inf, beyond, -2 * fmt.max])).all()
+        assert fmt.ulp(fmt.max) > 0 and fmt.ulp(-fmt.max) > 0
+    assert get_format("e11m4").ulp(1e300) == 2.0 ** (math.frexp(1e300)[1] - 5) and np.isnan(
+        get_format("e11m4").ulp(np.inf)
+    )
+
+
+# Formats of one's own
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(nan="foo"), "format mine has nan='foo', which is not one of none, ieee, top, zero"),
+        (dict(nan="ieee"), "nan=ieee needs inf=1, an exponent and a mantissa bit"),
+        (dict(nan="ieee", inf=True, exponent_bits=0), "nan=ieee needs inf=1, an exponent and a mantissa bit"),
+        (dict(mantissa_bits=-1), "format mine has exponent_bits=4 and mantissa_bits=-1; neither can be below 0"),
+        (dict(exponent_bits=8, mantissa_bits=10), "format mine has 19 bits with its sign; 2 to 16 are possible"),
+        (dict(exponent_bits=8, mantissa_bits=23, bias=126, inf=True, nan="ieee"), "has 32 bits"),
+        (dict(nan="zero", signed=False), "nan=zero needs a sign and a zero"),
+        (dict(has_zero=False), "only formats without a sign can be without zero"),
+        (dict(exponent_bits=0, mantissa_bits=1, nan="top"), "has no finite value but 0"),
+        (dict(bias=-10_000), "has no value within float32's range"),
+        (dict(dtype_name="float8_e4m3fn"), "format mine is not that of its dtype_name='float8_e4m3fn'"),
+        (dict(dtype_name="float8_e9"), "has dtype_name='float8_e9', which is no floating dtype"),
+        (dict(dtype_name="uint8"), "has dtype_name='uint8', which is no floating dtype"),
+        (dict(exponent_bits=4.0), "exponent_bits=4.0 is of the wrong type"),
+        (dict(bias=np.int32(7)), "is of the wrong type"),
+        (dict(inf=1), "inf=1 is of the wrong type"),
+        (dict(name=None), "name=None is of the wrong type"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(fields, said):
+    with pytest.raises((TypeError, ValueError)) as refused:
+        FloatFormat(**(dict(name="mine", exponent_bits=4, mantissa_bits=3, bias=5) | fields))
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_name_is_of_one_format():
+    with pytest.raises(ValueError, match="^'e5m2' is the name of another format"):
+        round_to_format(np.float32(1), FloatFormat("e5m2", 4, 3, 7))
+
+
+def test_families_and_stacks_that_there_are_not():
+    for bits in (0, -1, 16, 40):
+        with pytest.raises(ValueError, match=rf"^family\({bits}\): formats have 1 to 15 bits beside the sign$"):
+            family(bits)
+    for formats in ("e5m2", [], ()):
+        with pytest.raises(ValueError, match="^stack_grids takes a list of one or more formats, not"):
+            stack_grids(formats)
+
+
+def test_a_format_may_be_an_argument_of_a_jitted_function():
+    x = np.float32([1.3, 500.0])
+    for fmt, expected in ((get_format("e4m3fn"), [1.25, 448]), (FloatFormat("mine", 4, 3, 5), [1.25, 512])):
+        np.testing.assert_array_equal(jax.jit(round_to_format)(x, fmt), expected)
 
 
 # Binades

@@ -116,9 +116,9 @@ MISTAKES = [
     ("hybird", "unknown recipe or format 'hybird': did you mean 'hybrid'"),
     ("mxfp9", "unknown recipe or format 'mxfp9': did you mean 'mxfp[84]'"),
     ("float18", "unknown recipe or format 'float18': did you mean 'float16'"),
-    ("e5m2 g=e4m3fm", "unknown format 'e4m3fm': did you mean 'e4m3fn"),
-    ("e5m2 w=hybrid", "unknown format 'hybrid'"),
-    ("e9m9", "e9m9 has 19 bits"),
+    ("e5m2 g=e4m3fm", "unknown format 'e4m3fm': with these widths there are e4m3 .*e4m3fn .largest 448"),
+    ("e5m2 w=hybrid", "'hybrid' is a recipe, of e4m3fn and e5m2, and no format"),
+    ("e9m9", "has 19 bits"),
     ("e3m4:bias=x", "bias='x' is no integer"),
     ("e5m2 scailng=none", "unknown option 'scailng'; did you mean 'scaling'"),
     ("e5m2 g.rouding=stochastic", "unknown option 'rouding'; did you mean 'rounding'"),
@@ -146,6 +146,12 @@ MISTAKES = [
     ("e5m2 scale=2", "scale=2.0 of the activation goes with scaling=static, not delayed"),
     ("e5m2 scaling=current g.history=4", "history=4 of the gradient goes with scaling=delayed, not current"),
     ("e5m2_cast w.margin=1", "margin=1 of the weight goes with scaling=current or delayed or mx, not none"),
+    # Names of others.
+    ("nvfp4", "unknown recipe or format 'nvfp4': there are no blocks with E4M3 scales here"),
+    ("MXFP8BlockScaling", "Transformer Engine's recipe of this name is mxfp8"),
+    ("fp8", "format 'fp8' can mean e4m3fn .* or e5m2"),
+    ("e5m2 w=E4M3", "format 'E4M3' can mean e4m3fn .*448.* or e4m3 .*240"),
+    ("hybrid g=MXFP4", "'MXFP4' is a recipe, of e2m1fn, and no format"),
     # Form.
     ("e5m2 stochastic", "'stochastic' is not of the form option=value"),
     ("e5m2 scaling=", "'scaling=' is not of the form option=value"),
@@ -168,3 +174,17 @@ def test_mistakes(text, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_recipe(text)
     assert "\n" not in str(error.value) and type(error.value) is ValueError
+
+
+def test_names_of_recipes_in_any_case():
+    for text, same in (
+        ("HYBRID scaling=current", "hybrid scaling=current"),
+        ("E4M3", "e4m3"),  # Transformer Engine's: all operands in OCP's E4M3
+        ("MXFP8", "mxfp8"),
+        ("F8E4M3FNUZ g=torch.float8_e5m2", "e4m3fnuz g=e5m2"),
+    ):
+        one, other = parse_recipe(text), parse_recipe(same)
+        assert one is not None and other is not None
+        assert [one.role(role) for role in ROLES] == [other.role(role) for role in ROLES]
+    assert parse_recipe("e4m3").weight.fmt.max == 448
+    assert parse_recipe("BF16") is None and parse_recipe("BFLOAT16") is None

@@ -297,9 +297,9 @@ def test_wrong_arguments():
             call(x, "e5m2", overflow="wrap")
         with pytest.raises(ValueError, match="^rounding='stochastic' needs key=, a PRNG key$"):
             call(x, "e5m2", "stochastic")
-        with pytest.raises(ValueError, match="^x has dtype int32; rounding takes float32, bfloat16, float16$"):
+        with pytest.raises(ValueError, match="^x has dtype int32; rounding takes float64, float32, bfloat16, float16$"):
             call(jnp.arange(3), "e5m2")
-        with pytest.raises(ValueError, match="^unknown format 'e5m3fn': did you mean"):
+        with pytest.raises(ValueError, match="^unknown format 'e5m3fn': "):
             call(x, "e5m3fn")
         with pytest.raises(ValueError, match="^e8m0fnu holds only powers of two"):
             call(x, "e8m0fnu")
