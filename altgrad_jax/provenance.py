@@ -4,6 +4,7 @@
 environment it takes only the variables listed here, which tune JAX and XLA and hold no credentials.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from altgrad_jax import __version__
 from altgrad_jax.data.cache import TokenCache
+from altgrad_jax.data.overlap import open_overlap
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy", "ml-collections")
@@ -116,8 +118,11 @@ def devices() -> dict[str, Any]:
 
 
 def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
-    """The data and the tokenizer, by name, size and hash; entropies, in nats per token, of the split evaluated on."""
-    header = cache.header
+    """The data and the tokenizer, by name, size and hash; entropies, in nats per token, of the split evaluated on.
+
+    `shared_documents` is what its splits share; None if the cache was built before that was counted.
+    """
+    header, overlap = cache.header, open_overlap(cache)
     return {
         "sha256": cache.sha256,
         "source": header.source.name,
@@ -133,6 +138,7 @@ def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
         "unigram_nats": cache.split_header(eval_split).unigram_nats,
         "entropy_floor": cache.entropy_floor(eval_split),
         "tokens": {split.name: split.tokens for split in header.splits},
+        "shared_documents": None if overlap is None else [dataclasses.asdict(pair) for pair in overlap.pairs],
     }
 
 

@@ -13,6 +13,7 @@ import jax
 
 from altgrad_jax import provenance
 from altgrad_jax.data.corpus import describe
+from altgrad_jax.data.overlap import open_overlap
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.experiment import Experiment
@@ -110,6 +111,8 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
     validation = exp.cache.split_header(exp.eval_split)
     floor = exp.cache.entropy_floor(exp.eval_split)
     resolved, shape = exp.resolved(), config.model
+    overlap = open_overlap(exp.cache)
+    shared = overlap.line() if overlap else ""
     row, entropy = "examples", {}
     if not exp.task.labels:
         row, known = "windows", "" if floor is None else f", floor {floor:.4f} (no model can expect less)"
@@ -125,6 +128,7 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "tokenizer": resolved["tokenizer"] + _unused_rows(exp),
         "tokens": ", ".join(f"{split.name} {split.tokens:,}" for split in cache.splits),
         **entropy,
+        **({"two splits": shared} if shared else {}),
         **exp.task.lines(),
         "steps": f"{step} to {config.train.steps}, {config.train.batch_size} {row} each, from {origin}",
         "peak": "not known (config.runtime.peak_tflops): train/mfu is not logged"

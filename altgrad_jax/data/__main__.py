@@ -27,6 +27,7 @@ from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.data.corpus import ANY_EURLEX, EURLEX_CONFIGS, brought_caches, find_source, name_of, open_corpus
 from altgrad_jax.data.documents import Source
 from altgrad_jax.data.labels import open_labels
+from altgrad_jax.data.overlap import open_overlap
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.files import read_json
 from altgrad_jax.stability import batch_of
@@ -121,6 +122,9 @@ def _show(console: Console, config: ConfigDict) -> None:
     console.print(table)
     console.print("unigram entropy and entropy floor in nats per token")
     console.print(_labels(cache))
+    overlap = open_overlap(cache)
+    shared = "not counted: the token cache is of an older version" if overlap is None else overlap.line()
+    console.print(f"documents in two splits: {shared or 'none'}")
     data = config.data
     source = None if data.cache else find_source(data.name, data.data_dir, data.path)
     if source is not None:

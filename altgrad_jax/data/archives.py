@@ -3,7 +3,8 @@
 The rules: every member is looked at before any is used, and one bad member condemns the archive. A member is bad if its
 name could leave the folder it is unpacked into (absolute, `..`, a drive letter, a backslash) or if it is neither a
 plain file nor a folder (links, devices, pipes). Archives that declare too many members or too many bytes are refused
-before they fill the disk. Files are created new, with default permissions, and never longer than declared.
+before they fill the disk, and those with headers longer than names need be before they fill memory and time. Files are
+created new, with default permissions, and never longer than declared.
 """
 
 import gzip
@@ -18,20 +19,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from altgrad_jax.errors import UserError
 
 _CHUNK_BYTES = 1 << 20
+_TAR_BLOCK = 512
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may declare: number of members, and bytes of all members together once unpacked."""
+    """What an archive may declare.
+
+    Attributes:
+      members: how many.
+      total_bytes: of all members together, once unpacked.
+      header_bytes: of one further header of a tar: a long name, say. Python takes time with the square of them.
+      all_header_bytes: of all these together.
+    """
 
     members: int = 250_000
     total_bytes: int = 8 << 30
+    header_bytes: int = 8 << 10
+    all_header_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def extract(archive: Path, wanted: Callable[[str], bool], destination: Path, lim
     try:
         # Two passes: every name is checked before the first file is written.
         for write in (False, True):
-            with _opened(archive) as members:
+            with _opened(archive, None if write else limits or Limits()) as members:
                 _walk(archive, members, wanted if write else (lambda name: False), destination, limits or Limits())
     except BaseException:
         shutil.rmtree(destination)
@@ -69,15 +80,20 @@ def extract(archive: Path, wanted: Callable[[str], bool], destination: Path, lim
 
 
 @contextmanager
-def _opened(archive: Path) -> Iterator[Iterator[_Member]]:
-    """The members in order; whatever the libraries raise on a damaged archive becomes a UserError."""
+def _opened(archive: Path, limits: Limits | None) -> Iterator[Iterator[_Member]]:
+    """The members in order; whatever the libraries raise on a damaged archive becomes a UserError.
+
+    `limits` bound the headers of a tar; None, for one that was looked through already, lets members be read.
+    """
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as zipped:
                 yield _zip_members(zipped)
         else:
-            with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                yield _tar_members(tar)
+            with gzip.open(archive) as stream:
+                headers: Any = _Headers(stream, archive, limits) if limits else stream
+                with tarfile.open(fileobj=headers, mode="r:") as tar:
+                    yield _tar_members(tar)
                 # The tar ends before the gzip stream does, whose last bytes are the checksum of it all.
                 if len(stream.read(_CHUNK_BYTES)) == _CHUNK_BYTES:
                     raise UserError(f"{archive} is refused: much data follows the end of its last member")
@@ -88,6 +104,28 @@ def _opened(archive: Path) -> Iterator[Iterator[_Member]]:
         ) from error
     except OSError as error:
         raise UserError(f"cannot unpack {archive}: {error.strerror or error}") from error
+
+
+class _Headers:
+    """What `tarfile` reads headers from, which takes each whole, however long it says it is.
+
+    A header is one block. Of one that says that more belong to it (names too long for a block, further properties) all
+    are read in one call, which is refused here. Members cannot be read through it.
+    """
+
+    def __init__(self, stream: gzip.GzipFile, archive: Path, limits: Limits):
+        self._stream, self._archive, self._limits = stream, archive, limits
+        self._long = 0
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, as a file does. Raises UserError if they are those of too long a header."""
+        if size > _TAR_BLOCK:
+            self._long += size
+            if size > self._limits.header_bytes or self._long > self._limits.all_header_bytes:
+                most = f"{self._limits.header_bytes:,} bytes, or {self._limits.all_header_bytes:,} together"
+                raise UserError(f"{self._archive} is refused: it has further headers of more than {most}")
+        return self._stream.read(size)
 
 
 def _zip_members(zipped: zipfile.ZipFile) -> Iterator[_Member]:

@@ -8,6 +8,7 @@ A cache is a folder `<root>/<source>-<kind><vocabulary>-<key>` that is complete 
   <split>.starts.npy  where each document starts in it: int64, in tokens
   <split>.ids.txt     the documents' ids, one a line
   labels.json         the documents' labels, see `labels`
+  overlap.json        how many documents two splits share, see `overlap`
 
 Reading one needs NumPy alone. `cache_build` writes them.
 """
@@ -27,6 +28,7 @@ from altgrad_jax.data.tokenizer import BYTES_VOCABULARY, GPT2_VOCABULARY, Tokeni
 from altgrad_jax.errors import UserError
 
 FOLDER_NAME = re.compile(r"(?P<source>.+)-(?P<kind>bytes|bpe|gpt2)(?P<vocab_size>[0-9]{1,9})-[0-9a-f]{12}")
+_CHUNK_TOKENS = 1 << 22
 LINE_BREAKERS = re.compile(r"[\\\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 
 
@@ -177,7 +179,25 @@ def open_cache(path: str | os.PathLike[str], verify: bool = True) -> TokenCache:
         for name in cache.splits:
             cache.document_starts(name)
             cache.document_ids(name)
+            _check_tokens(cache, name)
     return cache
+
+
+def _check_tokens(cache: TokenCache, split: str) -> None:
+    """Raises UserError if an id is none of the tokenizer's, or a document does not end with end-of-text.
+
+    A defect of the program that wrote them, or a forger, can make hashes fit such tokens, and a model would not notice.
+    """
+    tokens, end = cache.tokens(split), cache.vocab_size - 1
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        if (highest := int(tokens[start : start + _CHUNK_TOKENS].max())) > end:
+            raise _corrupt(
+                cache.path / f"{split}.bin",
+                f"holds the token id {highest}, and the tokenizer has ids up to {end}",
+            )
+    last = np.append(cache.document_starts(split)[1:], len(tokens)) - 1
+    if not bool((tokens[last] == end).all()):
+        raise _corrupt(cache.path / f"{split}.bin", "has documents that do not end with end-of-text")
 
 
 def find_caches(

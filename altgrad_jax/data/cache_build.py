@@ -33,6 +33,8 @@ from altgrad_jax.data.documents import Document, Source
 from altgrad_jax.data.hashed_files import HashedFile, move_into_place, remove_folder, unwritable, write_file
 from altgrad_jax.data.labels import write_labels
 from altgrad_jax.data.locks import exclusive
+from altgrad_jax.data.overlap import FILE as OVERLAP_FILE
+from altgrad_jax.data.overlap import Marks
 from altgrad_jax.data.progress import progress_bar
 from altgrad_jax.data.tokenizer import Tokenizer, checked_utf8, make_tokenizer, resolve_tokenizer
 from altgrad_jax.errors import UserError
@@ -47,6 +49,24 @@ class NamedLabels(Protocol):
 
     def concepts(self) -> dict[str, str]:
         """Label -> its name."""
+        ...
+
+
+@runtime_checkable
+class ListedLabels(Protocol):
+    """A source whose labels are settled, whether or not a document carries them."""
+
+    def labels(self) -> tuple[str, ...]:
+        """All of them; () where they are those that the documents carry."""
+        ...
+
+
+@runtime_checkable
+class KnownIdentities(Protocol):
+    """A source in which a document's id is that of a thing in the world, such as an act of law."""
+
+    def identity(self, document_id: str) -> str:
+        """The thing's name: equal for two documents of the same thing."""
         ...
 
 
@@ -146,13 +166,13 @@ def _write_cache(
         tokenizer = make_tokenizer(kind, vocab_size, (), gpt2_path)
     if tokenizer.vocab_size < vocab_size:
         _say(f"the corpus gives a vocabulary of {tokenizer.vocab_size}, less than the {vocab_size} asked for", progress)
-    splits, labels = [], dict[str, list[tuple[str, ...]]]()
+    splits, labels, marks = [], dict[str, list[tuple[str, ...]]](), Marks()
     for split in source.splits():
         labels[split] = []
         total = documents_in_train if split == "train" else None
         with progress_bar(f"tokenizing {split}", total=total, unit="documents", show=progress) as advance:
             nats = float(source.nats(split)) if isinstance(source, KnownEntropy) else None
-            splits.append(_write_split(folder, source, split, tokenizer, nats, advance, labels[split]))
+            splits.append(_write_split(folder, source, split, tokenizer, nats, advance, labels[split], marks))
     fingerprint = source.fingerprint()
     if cache_key(fingerprint, kind, vocab_size) != key:
         raise UserError(f"the corpus {source.name!r} changed while it was being read; run the command again")
@@ -171,7 +191,13 @@ def _write_cache(
         dtype=token_dtype(tokenizer.vocab_size),
         splits=tuple(splits),
     ).sealed()
-    write_labels(folder, header.sha256, labels, source.concepts() if isinstance(source, NamedLabels) else {})
+    names = source.concepts() if isinstance(source, NamedLabels) else {}
+    listed = source.labels() if isinstance(source, ListedLabels) else ()
+    write_labels(folder, header.sha256, labels, names, listed)
+    overlap = marks.compare(header.sha256, [split.name for split in splits])
+    if line := overlap.line():
+        _say(f"note: {line}", progress)
+    write_file(folder / OVERLAP_FILE, overlap.to_json().encode())
     write_file(folder / "header.json", header.to_json().encode())
 
 
@@ -183,15 +209,20 @@ def _write_split(
     nats: float | None,
     advance: Callable[[int], None],
     labels: list[tuple[str, ...]],
+    marks: Marks,
 ) -> SplitHeader:
-    """Writes a split's tokens and ids; the labels of its documents are appended to `labels`."""
+    """Writes a split's tokens and ids; `labels` and `marks` are given those of its documents."""
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     end = np.array([tokenizer.end_of_text], np.uint32)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     starts, tokens, utf8_bytes = array("q"), 0, 0
+    identity = source.identity if isinstance(source, KnownIdentities) else None
     with HashedFile(folder / f"{split}.bin") as token_file, HashedFile(folder / f"{split}.ids.txt") as id_file:
         for batch in _batches(source.documents(split)):
-            utf8_bytes += sum(len(_utf8(document)) for document in batch)
+            for document in batch:
+                text = _utf8(document)
+                utf8_bytes += len(text)
+                marks.add(split, text, identity(document.id) if identity else None)
             pieces = [piece for ids in tokenizer.encode_batch([d.text for d in batch]) for piece in (ids, end)]
             for ids in pieces[::2]:
                 starts.append(tokens)

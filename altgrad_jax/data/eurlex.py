@@ -15,13 +15,15 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from altgrad_jax.data.documents import SPLITS, Document
-from altgrad_jax.data.eurlex_corpora import CORPORA, EURLEX57K, VERSION, Corpus
+from altgrad_jax.data.download import sha256_of
+from altgrad_jax.data.eurlex_corpora import CORPORA, EURLEX57K, Corpus
 from altgrad_jax.data.eurlex_layouts import CONCEPTS_FILE, SOURCE_FILE, Layout, find_layout, published, read_concepts
 from altgrad_jax.data.jsonlines import read_json_file
 from altgrad_jax.data.locks import exclusive
@@ -53,14 +55,15 @@ class EurlexSource:
                 f"EUR-Lex ({config}) is not prepared in {data_dir}: "
                 f"run python -m altgrad_jax.data prepare --name=eurlex"
             )
-        self._files, self._counts = _read_source_file(self.folder / SOURCE_FILE)
+        self._corpus = corpus
+        self._files, self._counts, notes = _read_source_file(self.folder / SOURCE_FILE)
         counts = ", ".join(f"{split} {count:,}" for split, count in self._counts.items())
         self.name = f"eurlex-{config}"
-        self.description = f"{corpus.description}; documents: {counts}"
+        self.description = "; ".join([_described(corpus, self._files), f"documents: {counts}", *notes])
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over the builder's config and version and the hashes of the files it read."""
-        identity = {"builder": f"eurlex/{self.config}:{VERSION}", "files": self._files}
+        identity = {"builder": f"eurlex/{self.config}:{self._corpus.version}", "files": self._files}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def splits(self) -> tuple[str, ...]:
@@ -90,6 +93,14 @@ class EurlexSource:
                 f"the prepared data in {self.folder} is damaged ({found} of {self._counts[split]} documents in "
                 f"{split}); prepare it again with --overwrite"
             )
+
+    def labels(self) -> tuple[str, ...]:
+        """All labels of the corpus, where that is settled; () where they are those that its documents carry."""
+        return self._corpus.labels
+
+    def identity(self, document_id: str) -> str:
+        """What the source calls a document: its id without the number that a repeated one has been given."""
+        return re.sub(r"#\d+$", "", document_id)
 
     def concepts(self) -> dict[str, str]:
         """Label -> its name; empty if the corpus came without names.
@@ -142,6 +153,7 @@ def prepare(
         layout = published(corpus, data_dir / "downloads", progress)
     else:
         layout = find_layout(Path(source), corpus)
+        _say_if_not_published(layout, progress)
     folder = _folder(data_dir, layout.corpus.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +169,7 @@ def _is_ready(folder: Path, layout: Layout) -> bool:
     """Whether the corpus is prepared; a UserError if it is, but from other files."""
     if not _is_prepared(folder):
         return False
-    files, _ = _read_source_file(folder / SOURCE_FILE)
+    files, _, _ = _read_source_file(folder / SOURCE_FILE)
     wanted = layout.digests()
     if changed := sorted(name for name in {*files, *wanted} if files.get(name) != wanted.get(name)):
         raise UserError(
@@ -194,20 +206,44 @@ def _corpus(config: str) -> Corpus:
 
 
 def _folder(data_dir: Path, config: str) -> Path:
-    return data_dir / "tfds" / "eurlex" / config / VERSION
+    return data_dir / "tfds" / "eurlex" / config / CORPORA[config].version
 
 
 def _is_prepared(folder: Path) -> bool:
     return (folder / SOURCE_FILE).is_file()
 
 
-def _read_source_file(path: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """File hashes, and documents per split."""
+def _read_source_file(path: Path) -> tuple[dict[str, str], dict[str, int], list[str]]:
+    """File hashes, documents per split, and what else is to be known of the documents, in sentences."""
     values = read_json_file(path).values
-    files, counts = values.get("files"), values.get("documents")
-    if not isinstance(files, dict) or not isinstance(counts, dict) or set(counts) != set(SPLITS):
+    files, counts, notes = values.get("files"), values.get("documents"), values.get("notes", [])
+    if (
+        not (isinstance(files, dict) and isinstance(counts, dict) and isinstance(notes, list))
+        or set(counts) != set(SPLITS)
+        or not all(type(count) is int for count in counts.values())
+        or not all(isinstance(text, str) for text in [*files.values(), *notes])
+    ):
         raise UserError(f"{path} is damaged; delete its folder and prepare the corpus again")
-    return files, counts
+    return files, counts, notes
+
+
+def _described(corpus: Corpus, files: dict[str, str]) -> str:
+    """What a corpus made of files with these hashes is: the published one only if they are its."""
+    remote = corpus.remote
+    if remote is None or files == {remote.name: remote.sha256}:
+        return corpus.description
+    return f"EU acts laid out as {corpus.name}, from files that are not its published archive {remote.name}"
+
+
+def _say_if_not_published(layout: Layout, progress: bool) -> None:
+    """Tells of an archive that has the published one's name and not its content."""
+    remote = layout.corpus.remote
+    if progress and layout.archive and remote and (found := sha256_of(layout.archive)) != remote.sha256:
+        print(
+            f"note: {layout.archive} is not the archive published at {remote.url} (SHA-256 {found[:12]}..., there"
+            f" {remote.sha256[:12]}...): what it holds is taken, and not called {layout.corpus.name}",
+            file=sys.stderr,
+        )
 
 
 def _say_waiting(folder: Path, progress: bool) -> None:

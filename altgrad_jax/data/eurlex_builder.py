@@ -14,7 +14,9 @@ import io
 import itertools
 import json
 import logging
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from altgrad_jax.data.documents import SPLITS
-from altgrad_jax.data.eurlex_corpora import CORPORA, VERSION
+from altgrad_jax.data.eurlex_corpora import CORPORA
 from altgrad_jax.data.eurlex_layouts import CONCEPTS_FILE, SOURCE_FILE, Layout, published
 from altgrad_jax.data.progress import progress_bar
 from altgrad_jax.errors import UserError
@@ -51,9 +53,9 @@ class Eurlex(tfds.core.GeneratorBasedBuilder):
     `concepts.json` where the source has one. All appear together, by one rename, once everything is written.
     """
 
-    VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = tuple(
-        tfds.core.BuilderConfig(name=corpus.name, description=corpus.description) for corpus in CORPORA.values()
+        tfds.core.BuilderConfig(name=corpus.name, description=corpus.description, version=corpus.version)
+        for corpus in CORPORA.values()
     )
 
     def __init__(self, *, layout: Layout | None = None, progress: bool = False, **kwargs: Any):
@@ -66,6 +68,7 @@ class Eurlex(tfds.core.GeneratorBasedBuilder):
         """
         self._layout = layout
         self._progress = progress
+        self._renamed, self._left_out = Counter[str](), [0, 0]  # documents by split; labels, and documents with some
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -94,10 +97,25 @@ class Eurlex(tfds.core.GeneratorBasedBuilder):
             "builder": self.info.full_name,
             "files": digests,
             "documents": {split: self.info.splits[split].num_examples for split in SPLITS},
+            "notes": self._notes(),
         }
+        for note in source["notes"] if self._progress else ():
+            print(f"note: {note}", file=sys.stderr)
         _write_json(folder / SOURCE_FILE, source)
         if concepts:
             _write_json(folder / CONCEPTS_FILE, concepts)
+
+    def _notes(self) -> list[str]:
+        """What is to be known of the documents and is no error."""
+        notes = []
+        if self._renamed:
+            where = ", ".join(f"{count:,} in {split}" for split, count in self._renamed.items())
+            notes.append(f"documents whose id another has before them, and that got a number: {where}")
+        if self._left_out[0]:
+            labels, documents = self._left_out
+            count = len(CORPORA[self.builder_config.name].labels)
+            notes.append(f"{labels:,} labels of {documents:,} documents are none of the {count} and were left out")
+        return notes
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, object]]]]:
         """TFDS's hook: split -> its examples. TFDS runs through the generators one after the other."""
@@ -110,6 +128,10 @@ class Eurlex(tfds.core.GeneratorBasedBuilder):
         with progress_bar(f"preparing {split}", unit="documents", show=self._progress) as advance:
             for number, record in enumerate(self._opened.records(split)):
                 example = dataclasses.asdict(record) | {"id": _unused(record.id, seen)}
+                del example["left_out"]
+                self._renamed.update([split] if example["id"] != record.id else [])
+                self._left_out[0] += len(record.left_out)
+                self._left_out[1] += bool(record.left_out)
                 size += len(record.text.encode()) + len(record.title.encode()) + _RECORD_BYTES
                 if size > MAX_SPLIT_BYTES:
                     raise UserError(

@@ -90,8 +90,7 @@ def read_concepts(path: Path) -> dict[str, str]:
     Raises:
       UserError: it is something else.
     """
-    record = read_json_file(path)
-    return {concept: record.text(concept) for concept in record.values}
+    return read_json_file(path).names()
 
 
 def published(corpus: Corpus, directory: Path, progress: bool = True) -> Layout:
@@ -119,8 +118,11 @@ def find_layout(source: Path, corpus: Corpus | None = None) -> Layout:
         raise UserError(f"{source} is not a folder: --source takes the folder that holds the EUR-Lex files")
     wanted = (corpus,) if corpus else tuple(CORPORA.values())
     found = [layout for one in wanted if (layout := _find_archive(one, source) or _find_open(one, source))]
-    if corpus is None:
-        found = [layout for layout in found if layout.archive or _has_marker(layout)]
+    if corpus is None and found:
+        marked = [layout for layout in found if layout.archive or _has_marker(layout)]
+        if not marked:
+            raise _unmarked(found)
+        found = marked
     if not found:
         expected = "; ".join(f"{one.name}: {_files(one)}" for one in wanted)
         raise UserError(f"no EUR-Lex corpus in {source}; looked for {expected}")
@@ -178,6 +180,17 @@ def _has_marker(layout: Layout) -> bool:
     """Whether the first record has the field that tells this corpus from others with the same file names."""
     first = next(_read(next(iter((layout.splits or {}).values()))), None)
     return first is not None and layout.corpus.marker in first.values
+
+
+def _unmarked(found: list[Layout]) -> UserError:
+    """Why the files that are there are taken for no corpus: their first record has no field that tells which."""
+    path = next(iter((found[0].splits or {}).values()))
+    first = next(_read(path), None)
+    if first is None:
+        return UserError(f"{path} holds no record: is it empty?")
+    fields = " or ".join(f"{layout.corpus.marker!r} (as in {layout.corpus.name})" for layout in found)
+    has = ", ".join([repr(name) for name in first.values][:10]) or "an empty object"
+    return UserError(f"{first.where}: the first record, which tells the corpus, has no field {fields}; found {has}")
 
 
 def _split_of(record: JsonRecord) -> str:

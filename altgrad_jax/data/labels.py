@@ -148,6 +148,7 @@ def write_labels(
     tokens_sha256: str,
     labels_of: Mapping[str, Sequence[Iterable[str]]],
     names: Mapping[str, str],
+    listed: Iterable[str] = (),
 ) -> None:
     """Writes the files into a cache that is being built.
 
@@ -156,8 +157,9 @@ def write_labels(
       tokens_sha256: data hash of its tokens.
       labels_of: split -> the labels of its documents, in the order of their tokens.
       names: label -> what it is called, as far as that is known.
+      listed: labels that the corpus has, even where no document carries them.
     """
-    known = sorted({label for documents in labels_of.values() for labels in documents for label in labels})
+    known = sorted({*listed, *(label for documents in labels_of.values() for labels in documents for label in labels)})
     index = {label: i for i, label in enumerate(known)}
     splits = []
     for split, documents in labels_of.items():

@@ -26,9 +26,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from altgrad_jax.data.documents import SPLITS, Document
 from altgrad_jax.data.download import sha256_of
-from altgrad_jax.data.jsonlines import SUFFIXES, open_binary, read_json_lines
+from altgrad_jax.data.jsonlines import MAX_BLANK_BYTES, SUFFIXES, JsonRecord, open_binary, read_json_lines
 from altgrad_jax.errors import UserError
 
 WHOLE_FILE_BYTES = 64 << 10
@@ -113,7 +115,12 @@ class TextFiles:
 
     @cached_property
     def _hash_split(self) -> "_HashSplit":
-        return _HashSplit(array("Q", (_hash(document.id) for document in _read_all(self._groups[""]))))
+        files = self._groups[""]
+        hashes = array("Q", (_hash(document.id) for document in _read_all(files)))
+        values, counts = np.unique(np.array(hashes), return_counts=True)
+        if repeated := frozenset(values[counts > 1].tolist()):
+            raise _told_twice(files, repeated)
+        return _HashSplit(hashes)
 
 
 class _HashSplit:
@@ -139,6 +146,37 @@ class _HashSplit:
 def _hash(name: str) -> int:
     """The first 64 bits of the id's SHA-256."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+
+
+def _told_twice(files: list[_File], hashes: frozenset[int]) -> UserError:
+    """The error for an id that two documents have; `hashes` are those of such ids."""
+    first: dict[str, str] = {}
+    for name, where in _places(files):
+        if name in first:
+            return UserError(
+                f"{where}: the id {name!r} is that of {first[name]} too; ids decide the splits, so give each document"
+                " its own, or name the files train and validation"
+            )
+        if _hash(name) in hashes:
+            first[name] = where
+    return UserError("the files changed while they were being read; run the command again")
+
+
+def _places(files: list[_File]) -> Iterator[tuple[str, str]]:
+    """Every document's id, and where it is."""
+    for file in files:
+        if file.path.suffix == ".txt":
+            yield from ((document.id, str(file.path)) for document in _read_text(file))
+        else:
+            yield from ((_id(record, file, n), record.where) for n, record in _records(file))
+
+
+def _records(file: _File) -> Iterator[tuple[int, JsonRecord]]:
+    return enumerate(read_json_lines(file.path), start=1)
+
+
+def _id(record: JsonRecord, file: _File, number: int) -> str:
+    return record.identifier("id", f"{file.name}#{number}")
 
 
 def _named_splits(folder: Path) -> dict[str, Path]:
@@ -182,10 +220,8 @@ def _read_all(files: list[_File]) -> Iterator[Document]:
 
 
 def _read_json(file: _File) -> Iterator[Document]:
-    for number, record in enumerate(read_json_lines(file.path), start=1):
-        yield Document(
-            record.identifier("id", f"{file.name}#{number}"), record.text("text"), record.strings("labels", ())
-        )
+    for number, record in _records(file):
+        yield Document(_id(record, file, number), record.text("text"), record.identifiers("labels", ()))
 
 
 def _read_text(file: _File) -> Iterator[Document]:
@@ -211,10 +247,13 @@ def _cut(lines: Iterator[str], shortest: int) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[str]:
     """The file's lines, or pieces of lines longer than a document may be."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    offset = blank = 0
     with open_binary(path) as file:
         while True:
             raw = file.readline(LONGEST_DOCUMENT)
+            blank = 0 if raw.strip() else blank + len(raw)
+            if blank > MAX_BLANK_BYTES:
+                raise UserError(f"{path} holds more than {MAX_BLANK_BYTES:,} bytes of blank lines in a row: not text")
             # A piece of a line may end inside a character, whose first bytes the decoder then keeps for the next piece.
             pending = len(decoder.getstate()[0])
             try:

@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -139,6 +140,31 @@ def test_truncated(make, keep):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
     _refused(path, "damaged or cut short")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize(("size", "count"), [(9 << 10, 1), (30 << 20, 1), (8000, 200)])
+def test_headers_longer_than_names(tmp_path, kind, size, count):
+    """Python reads one whole before anyone can ask how long it is, and takes time with the square of some of them."""
+    header = tarfile.TarInfo("h")
+    header.type, header.size = kind, size
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"1" * size + b"\0" * (-size % 512)
+    member = tarfile.TarInfo("a").tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress((block + member) * count + b"\0" * 1024, 1))
+    began = time.monotonic()
+    if count == 1:
+        _refused(path, "further headers of more than 8,192 bytes")
+        assert time.monotonic() - began < 10
+    else:
+        with pytest.raises(UserError, match="further headers of more than"):
+            extract(path, lambda name: False, tmp_path / "out", Limits(all_header_bytes=20_000))
+
+
+def test_a_name_longer_than_a_block(tmp_path):
+    name = "/".join(["folder" * 10] * 30)
+    extract(_tar(tmp_path / "x.tar.gz", {name: b"x"}), lambda name: True, tmp_path / "out")
+    assert _tree(tmp_path / "out") == {name: b"x"}
 
 
 def test_data_after_the_end_of_a_tar(tmp_path):

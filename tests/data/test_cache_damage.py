@@ -203,6 +203,33 @@ def test_tables_that_do_not_fit_are_told_though_their_hashes_do(built):
     assert_told(built.path, "train.starts.npy")
 
 
+@pytest.mark.parametrize("place", [0, 7, -2])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("token", [257, 300, 65535])
+def test_tokens_that_no_tokenizer_has_are_told_though_their_hash_fits(built, split, place, token):
+    _reseal_tokens(built, split, place, token)
+    with pytest.raises(
+        UserError, match=rf"{split}.bin holds the token id {token}, and the tokenizer has ids up to 256"
+    ):
+        open_cache(built.path)
+
+
+def test_documents_without_an_end_are_told(built):
+    _reseal_tokens(built, "validation", -1, 65)
+    with pytest.raises(UserError, match="validation.bin has documents that do not end with end-of-text"):
+        open_cache(built.path)
+
+
+def _reseal_tokens(built: TokenCache, split: str, place: int, token: int) -> None:
+    tokens = np.array(built.tokens(split))
+    tokens[place % len(tokens)] = token
+    (built.path / f"{split}.bin").write_bytes(tokens.tobytes())
+    fields = json.loads(built.header.to_json())
+    [header] = [one for one in fields["splits"] if one["name"] == split]
+    header["tokens_sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (built.path / "header.json").write_text(sealed_again(fields).to_json())
+
+
 def test_a_tokenizer_that_is_not_the_headers_is_told(built):
     (built.path / "tokenizer.json").write_text(json.dumps(BpeTokenizer([(0, 1)]).to_json()))
     with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer that the header names"):

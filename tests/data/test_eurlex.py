@@ -1,5 +1,6 @@
 """Preparing EUR-Lex with TFDS: what goes in comes out in order, and no interruption leaves half a corpus."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -121,7 +122,10 @@ def test_fingerprint_depends_on_content_not_place(tmp_path, source, monkeypatch)
     (moved / "concepts.json").write_text("{}")
     assert prepare(tmp_path / "other", source=moved, progress=False).fingerprint() != here
     prepared = EurlexSource("local", tmp_path / "here")
-    monkeypatch.setattr(eurlex, "VERSION", "9.9.9")
+    newer = dataclasses.replace(eurlex_corpora.LOCAL, version="9.9.9")
+    monkeypatch.setattr(eurlex, "CORPORA", {**eurlex.CORPORA, "local": newer})
+    assert find_prepared(tmp_path / "here") == [], "it was made by other rules"
+    prepared._corpus = newer
     assert prepared.fingerprint() != here
 
 

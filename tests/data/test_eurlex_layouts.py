@@ -33,7 +33,7 @@ ACTS = {
 ACT_TEXT = "On prices 0\n\nTHE COUNCIL,\nWhereas:\n(1) prices rise;\nArticle 1\nArticle 2 – späten €"
 
 LEX_ACTS = [
-    {"data_type": split, "text": f"Decision {number} \n", "labels": [number, "7"]}
+    {"data_type": split, "text": f"Decision {number} \n", "labels": [100163 + number, "100168"]}
     for number, split in enumerate(["train", "train", "dev", "test", "train"])
 ]
 
@@ -121,9 +121,13 @@ def test_lexglue(tmp_path, put, name, dev):
     layout = find_layout(put(tmp_path, {name: gzip.compress(content) if name.endswith("gz") else content}))
     assert layout.corpus is LEXGLUE
     assert _all(layout, tmp_path / "work") == {
-        "train": [Record(f"train-{n + 1}", "", f"Decision {n}", "", (str(n), "7")) for n in (0, 1, 4)],
-        "validation": [Record("validation-3", "", "Decision 2", "", ("2", "7"))],
-        "test": [Record("test-4", "", "Decision 3", "", ("3", "7"))],
+        "train": [
+            Record("train-1", "", "Decision 0", "", ("100163", "100168")),
+            Record("train-2", "", "Decision 1", "", ("100168",), ("100164",)),
+            Record("train-5", "", "Decision 4", "", ("100168",), ("100167",)),
+        ],
+        "validation": [Record("validation-3", "", "Decision 2", "", ("100168",), ("100165",))],
+        "test": [Record("test-4", "", "Decision 3", "", ("100168",), ("100166",))],
     }
 
 
@@ -190,8 +194,14 @@ def test_split_without_documents(tmp_path):
         ({"notes.txt": b"x"}, LEXGLUE, r"looked for lexglue: eurlex.tar.gz or eurlex.jsonl\[.gz\]"),
         ({"train.jsonl": b"{}", "test.jsonl": b"{}"}, None, r"has train.jsonl but lacks dev.jsonl.*validation.jsonl"),
         ({"dev.jsonl": b"{}"}, EURLEX57K, r"has dev.jsonl but lacks train.jsonl\[.gz\], test.jsonl"),
-        ({f"{s}.jsonl": b'{"x": 1}' for s in ACTS}, None, "no EUR-Lex corpus .*'main_body'.*'data_type'.*'text'"),
-        ({f"{s}.jsonl": b"" for s in ACTS}, None, "no EUR-Lex corpus"),
+        (
+            {f"{s}.jsonl": b'\n{"x": 1}' for s in ACTS},
+            None,
+            r"train.jsonl, line 2: the first record.* no field 'main_body' \(as in eurlex57k\) or 'text' \(.*found 'x'",
+        ),
+        ({"eurlex.jsonl": b'{"text": "x"}'}, None, "eurlex.jsonl, line 1: .* no field 'data_type'.*found 'text'"),
+        ({f"{s}/1.json": b"{}" for s in ACTS}, None, "train/1.json: the first record.*found an empty object"),
+        ({f"{s}.jsonl": b" \n" for s in ACTS}, None, "train.jsonl holds no record: is it empty"),
         ({"train.jsonl": b"", "train.jsonl.gz": b""}, LOCAL, r"both train.jsonl and train.jsonl.gz"),
         ({"dev.jsonl": b"", "validation.jsonl": b""}, LOCAL, r"both dev.jsonl and validation.jsonl"),
         ({"eurlex.tar.gz": b"", "dataset.zip": b""}, None, "more than one corpus: say which, eurlex57k or lexglue"),

@@ -64,6 +64,18 @@ def test_broken_line(tmp_path, name, line, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("blank", [b"\n", b" \t\r\n", b" " * 300 + b"\n"])
+def test_blank_lines_without_end(tmp_path, monkeypatch, blank):
+    monkeypatch.setattr(jsonlines, "MAX_BLANK_BYTES", 1000)
+    few = blank * (1000 // len(blank))
+    path = _write(tmp_path / "x.jsonl.gz", (b'{"a": 1}\n' + few) * 3)
+    assert len(list(read_json_lines(path))) == 3, "a thousand bytes in a row are few"
+    path = _write(tmp_path / "x.jsonl.gz", b'{"a": 1}\n' + few + blank * 50)
+    line = 2 + len(few) // len(blank)
+    with pytest.raises(UserError, match=f"line {line} ends more than 1,000 bytes of blank lines"):
+        list(read_json_lines(path))
+
+
 def test_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonlines, "MAX_LINE_BYTES", 1000)
     path = _write(tmp_path / "x.jsonl.gz", b'{"a": "' + b"x" * 990 + b'"}\n' + b" " * 1001)
@@ -103,15 +115,18 @@ def test_single_object(tmp_path, monkeypatch):
 
 
 RECORD = JsonRecord(
-    "x.jsonl, line 7", {"s": "text", "n": None, "i": 5, "b": True, "l": ["a", 2], "m": ["a", 2.5], "u": "\ud800"}
+    "x.jsonl, line 7",
+    {"s": "text", "n": None, "i": 5, "b": True, "l": ["a", 2], "m": ["a", 2.5], "u": "\ud800"}
+    | {"w": " 7", "e": ["a", ""], "v": [None]},
 )
 
 
 def test_fields():
     assert RECORD.text("s") == "text"
     assert RECORD.text("n", "default") == RECORD.text("absent", "default") == "default"
-    assert RECORD.strings("l") == ("a", "2")
-    assert RECORD.strings("absent", ()) == ()
+    assert RECORD.identifiers("l") == ("a", "2")
+    assert RECORD.identifiers("absent", ()) == RECORD.identifiers("n", ()) == ()
+    assert JsonRecord("", {"5": "price", "x y": ""}).names() == {"5": "price", "x y": ""}
     assert RECORD.identifier("i") == "5" and RECORD.identifier("s") == "text"
     assert RECORD.paragraphs("s") == ("text",) and RECORD.paragraphs("absent") == ()
     assert JsonRecord("", {"p": ["one", " ", "", "two"]}).paragraphs("p") == ("one", "two")
@@ -121,12 +136,19 @@ def test_fields():
     ("read", "message"),
     [
         (lambda: RECORD.text("absent"), "field 'absent' is missing; found 's', 'n', 'i'"),
-        (lambda: RECORD.text("n"), "field 'n' is missing"),
+        (lambda: RECORD.text("n"), "field 'n' is null"),
+        (lambda: JsonRecord(RECORD.where, {}).text("n"), "field 'n' is missing; found an empty object"),
         (lambda: RECORD.text("i"), "field 'i' should be a string, not int"),
         (lambda: RECORD.text("u"), "field 'u' holds half a surrogate pair at character 0"),
         (lambda: RECORD.identifier("b"), "field 'b' should be a string, not bool"),
-        (lambda: RECORD.strings("s"), "field 's' should be a list, not str"),
-        (lambda: RECORD.strings("m"), r"field 'm\[1\]' should be a string, not float"),
+        (lambda: RECORD.identifier("w"), "field 'w' has white space around it: ' 7'"),
+        (lambda: RECORD.identifiers("s"), "field 's' should be a list, not str"),
+        (lambda: RECORD.identifiers("m"), r"field 'm\[1\]' should be a string, not float"),
+        (lambda: RECORD.identifiers("e"), r"field 'e\[1\]' is empty"),
+        (lambda: RECORD.identifiers("v"), r"field 'v\[0\]' should be a string, not null"),
+        (lambda: RECORD.paragraphs("v"), r"field 'v\[0\]' should be a string, not null"),
+        (lambda: JsonRecord(RECORD.where, {"5": None}).names(), "field '5' is null"),
+        (lambda: JsonRecord(RECORD.where, {"5\t": "x"}).names(), r"field .*5.* has white space around it"),
         (lambda: RECORD.paragraphs("i"), "field 'i' should be a list, not int"),
     ],
 )

@@ -1,11 +1,13 @@
 """Labels beside the token cache, the set that is learned, and documents as rows."""
 
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from altgrad_jax.data import lexglue
 from altgrad_jax.data.cache import open_cache
 from altgrad_jax.data.cache_build import build_cache
 from altgrad_jax.data.eurlex import prepare
@@ -175,10 +177,14 @@ BODY = {"local": "text", "eurlex57k": "main_body"}
 CONCEPTS = {"local": "concepts", "eurlex57k": "eurovoc_concepts"}
 
 
+LEXGLUE = {"0": "100168", "1": "100169", "2": "100170", "5": "100285"}  # which stand for the others' there
+
+
 def acts(corpus: str, split: str) -> str:
-    """Three acts as one of the corpora has them: act i carries the labels "5" and i."""
+    """Three acts as one of the corpora has them: act i carries the labels "5" and i; in LexGLUE also one too many."""
     if corpus == "lexglue":
-        return lines(*({"data_type": split, "text": f"Act {i}", "labels": ["5", f"{i}"]} for i in NUMBERS))
+        labels = [[LEXGLUE["5"], LEXGLUE[f"{i}"], "100289"] for i in NUMBERS]
+        return lines(*({"data_type": split, "text": f"Act {i}", "labels": labels[i]} for i in NUMBERS))
     body, concepts = BODY[corpus], CONCEPTS[corpus]
     return lines(
         *({"celex_id": f"{split}{i}", "title": "Act", body: f"of law {i}", concepts: ["5", f"{i}"]} for i in NUMBERS)
@@ -202,8 +208,28 @@ def test_every_eurlex_corpus_brings_its_labels(tmp_path, name):
     prepared = prepare(tmp_path / "data", source=source, progress=False)
     assert prepared.name == f"eurlex-{name}"
     labels = open_labels(build_cache(prepared, "bytes", 257, tmp_path / "cache", progress=False))
-    assert labels.header.labels == ("0", "1", "2", "5")
-    assert labels.header.names == ("", "", "", "price" if name == "local" else "")
+    expected = tuple(LEXGLUE) if name != "lexglue" else lexglue.LABELS
+    assert labels.header.labels == expected
+    assert labels.header.names == tuple("price" if name == "local" and label == "5" else "" for label in expected)
+    called = {label: expected.index(LEXGLUE[label] if name == "lexglue" else label) for label in LEXGLUE}
+    pairs = [[i, called[label]] for i in NUMBERS for label in (f"{i}", "5")]
     for split in ("train", "validation", "test"):
-        np.testing.assert_array_equal(labels.pairs(split), [[0, 0], [0, 3], [1, 1], [1, 3], [2, 2], [2, 3]])
-    assert choose_labels(labels, 3).ids == ("5",)
+        np.testing.assert_array_equal(labels.pairs(split), pairs)
+    assert choose_labels(labels, 3).ids == (expected[called["5"]],)
+    assert choose_labels(labels, 0).ids == expected, "those that no document carries too"
+
+
+def test_the_labels_of_lexglue_are_its_loaders():
+    assert len(set(lexglue.LABELS)) == 100 and list(lexglue.LABELS) == sorted(lexglue.LABELS)
+    digest = hashlib.sha256(" ".join(lexglue.LABELS).encode()).hexdigest()
+    assert digest == "752a758a06d619985f6fbd6c484099a3cb53ce8ab68087fcae2589adf8f54e7f"
+
+
+ARABIC = "\u0661\u0660\u0660\u0661\u0666\u0668"
+
+
+@pytest.mark.parametrize("label", ["3", "99", "0100168", "100290", "100162", "2771", ARABIC, "x"])
+def test_what_is_no_label_of_lexglue_is_refused(label):
+    with pytest.raises(UserError, match="^here: label '.*' is no concept of LexGLUE"):
+        lexglue.split_labels(("100168", label), "here")
+    assert lexglue.split_labels(("100168", "100267"), "here") == (("100168",), ("100267",))
