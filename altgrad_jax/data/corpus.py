@@ -111,7 +111,7 @@ def describe(data: ConfigDict, header: CacheHeader) -> str:
     """What a run's header says of the corpus that `config.data` came to."""
     source, why = header.source, ""
     if _is_auto(data) and source.name == "embedded":
-        why = " (data.name=auto, and EUR-Lex is not prepared here)"
+        why = " (auto: EUR-Lex is not prepared)"
     return f"{source.name}{why}: {source.description}"
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.data.cache_header import hash_of, parse_as
-from altgrad_jax.errors import UserError
+from altgrad_jax.files import DamagedFileError, read_json
 
 FORMAT_VERSION = 1
 FILE = "overlap.json"
@@ -117,27 +117,16 @@ def open_overlap(cache: TokenCache) -> Overlap | None:
     """What the splits of a token cache share; None if it was built before that was counted.
 
     Raises:
-      UserError: the file is damaged, or belongs to other tokens.
+      UserError: the file cannot be read, is damaged, or belongs to other tokens.
     """
-    path = cache.path / FILE
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    path, way_out = cache.path / FILE, "delete its folder, and the next run builds the token cache again"
+    content = read_json(path, way_out=way_out)
+    if content is None:
         return None
-    except OSError as error:
-        raise _corrupt(cache, f"cannot be read ({error.strerror})") from error
     try:
-        overlap = parse_as(Overlap, json.loads(text), "the overlap")
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(cache, f"cannot be understood ({error})") from error
-    if overlap != overlap.sealed() or overlap.format_version != FORMAT_VERSION:
-        raise _corrupt(cache, "does not match its own checksum, or is of another version")
-    if overlap.tokens_sha256 != cache.sha256:
-        raise _corrupt(cache, "belongs to other tokens")
+        overlap = parse_as(Overlap, content, "it")
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: it {error}; {way_out}") from error
+    if overlap != overlap.sealed() or overlap.format_version != FORMAT_VERSION or overlap.tokens_sha256 != cache.sha256:
+        raise DamagedFileError(f"{path} is damaged, or belongs to other tokens; {way_out}")
     return overlap
-
-
-def _corrupt(cache: TokenCache, what: str) -> UserError:
-    return UserError(
-        f"the token cache {cache.path} is damaged: {FILE} {what}; delete that folder, and the next run builds it again"
-    )

@@ -49,7 +49,7 @@ def test_a_small_one_says_so(tmp_path):
     assert config.data.name == "auto" and config.model.vocab_size <= MOST_TOKENS
     header = open_corpus(config, progress=False).header
     found = describe(config.data, header)
-    assert found.startswith("embedded (data.name=auto, and EUR-Lex is not prepared here): 1000 invented acts")
+    assert found.startswith("embedded (auto: EUR-Lex is not prepared): 1000 invented acts")
     config.data.name = "embedded"
     assert describe(config.data, header).startswith("embedded: 1000 invented acts"), "it was asked for"
 

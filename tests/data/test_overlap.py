@@ -87,11 +87,11 @@ def test_damage_is_told_and_absence_is_age(tmp_path):
         (other.path / FILE).read_bytes(),
     ):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=f"{cache.path} is damaged: {FILE} .*delete that folder"):
+        with pytest.raises(UserError, match=f"^{file} is damaged.*delete its folder"):
             open_overlap(cache)
     file.unlink()
     assert open_overlap(cache) is None and provenance.corpus(cache, "validation")["shared_documents"] is None
     file.mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=f"^{file} is a folder"):
         open_overlap(cache)
     shutil.rmtree(cache.path)
