@@ -172,7 +172,7 @@ def _quantised(exp: Experiment) -> str:
 
 def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Progress) -> None:
     """Writes summary.json: how the run stands. Final values are the last logged of each name."""
-    records = read_metrics(workdir.metrics)
+    records, training = read_metrics(workdir.metrics), attribution.training_of(exp.config.optimizer)
     final: Record = {}
     for record in records:
         if "event" not in record:
@@ -185,7 +185,7 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
             "final": {key: json_value(value) for key, value in final.items()},
             "best_val_loss": json_value(_best(records)),
             "events": [{key: json_value(v) for key, v in record.items()} for record in records if "event" in record],
-            "failures": attribution.as_json(attribution.first_failures(records)),
+            "failures": attribution.as_json(attribution.first_failures(records, training)),
             "tokens_seen": progress.step * exp.config.train.batch_size * exp.model.block_size,
             "seconds": round(progress.seconds, 3),
             "compile_seconds": round(progress.compile_seconds, 3),

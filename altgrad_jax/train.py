@@ -145,6 +145,7 @@ class Loop:
         self._skipped_batches = start.skipped_batches
         self._rewinds_left = exp.config.stability.rewinds - len(rewinds(earlier, start.step))
         self._answered = [record for record in earlier if is_answered(record)]
+        self._failures = self._watched()
         self._checkpoints, self._sinks = checkpoints, sinks
         self._identity = run_identity
         self._began, self._earlier_seconds = time.monotonic() - compile_seconds, start.seconds
@@ -254,6 +255,7 @@ class Loop:
         self._rewinds_left -= 1
         self._meter.restart(self.step)
         self._answered = [record for record in self._answered if record["step"] <= self.step]
+        self._failures = self._watched()
         for sink in self._sinks:
             sink.rewind(self.step)
         reason = f"diverged at step {failed}; batches of {failed - start.step} steps passed over"
@@ -294,10 +296,12 @@ class Loop:
 
     def _warn(self, record: Record) -> None:
         """Says which thresholds of failure this record is the first to cross."""
-        before = len(attribution.first_failures(self._answered))
         self._answered.append(record)
-        if new := attribution.first_failures(self._answered)[before:]:
+        if new := self._failures.add(record):
             self._emit(event(record["step"], "warning", attribution.describe(new)))
+
+    def _watched(self) -> attribution.Watch:
+        return attribution.Watch(attribution.training_of(self.exp.config.optimizer), self._answered)
 
     def _emit(self, record: Record) -> None:
         for sink in self._sinks:
@@ -373,7 +377,8 @@ def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
 def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> None:
     """The last line."""
     minutes, seconds = divmod(int(loop.seconds), 60)
-    for line in attribution.table(attribution.first_failures(read_metrics(workdir.metrics))):
+    training = attribution.training_of(loop.exp.config.optimizer)
+    for line in attribution.table(attribution.first_failures(read_metrics(workdir.metrics), training)):
         console.print(line, highlight=False, soft_wrap=True)
     saved = checkpoint.committed_steps(workdir.checkpoints)
     console.print(

@@ -8,10 +8,13 @@ first row with a NaN names its origin, and not the layers that it spread to.
     kind       metric                                  fails    why
     nan        quant/<layer>/<role>/nan                > 0      one NaN spreads to every later value
     overflow   quant/<layer>/<role>/overflow           > 0.01   the largest values, which carry most, are cut off
-    underflow  quant/<layer>/<role>/underflow          > 0.25   a quarter of a tensor gone: what formats without range
-                                                                showed that did not train (docs/results/formats.md)
+    underflow  quant/<layer>/<role>/magnitude_lost     > 0.1    share of the sum of magnitudes that became zero. Not the
+                                                                share of the elements: most of a tensor may be so small
+                                                                that losing it changes nothing
     gradient   grads/<layer>/cosine                    < 0.9    more than 26 degrees off: noise of half its length
-    stall      weights/<layer>/stall                   > 0.95   one update in twenty moves a rounded weight
+    stall      weights/<layer>/stall                   > 0.95   one update in twenty moves a weight. After warm-up, and
+                                                                only of weights that the optimizer keeps on the grid:
+                                                                others keep what their rounded values hide
     blow-up    weights/<layer>/relative_update         > 0.3    a step a third as long as the weight itself; 0.001 is
                                                                 usual. Not of biases, which begin at zero
     rank       spectra/<layer>/effective_rank          >= 0.3   share lost since the first record: the matrix collapses
@@ -21,20 +24,24 @@ first row with a NaN names its origin, and not the layers that it spread to.
                                                                 as one singular value grows
     loss       train/loss, val/loss                    not finite
 
-The role of gradient is "gradient", of stall and blow-up "update", of rank "weight"; loss has no layer and no role. A
+The step `optimizer.warmup_steps` is the first with the whole learning rate: warm-up ends before it. The role
+of gradient is "gradient", of stall and blow-up "update", of rank "weight"; loss has no layer and no role. A
 metric that is NaN, because there was nothing to measure, has not crossed. But a cosine that is NaN has, unless the
 float32 gradient was zero: then the layer's relative error is NaN, and the cosine of the whole gradient is not.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS
+
+LOST = 0.1
 THRESHOLDS: Mapping[str, float] = {
     "nan": 0.0,
     "overflow": 0.01,
-    "underflow": 0.25,
+    "underflow": LOST,
     "gradient": 0.9,
     "stall": 0.95,
     "blow-up": 0.3,
@@ -71,25 +78,69 @@ class Failure:
     threshold: float
 
 
-def first_failures(records: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float] = THRESHOLDS) -> list[Failure]:
+@dataclass(frozen=True)
+class Training:
+    """What of a run decides whether a crossing is a failure.
+
+    Attributes:
+      warmup_steps: steps over which the learning rate rises.
+      on_grid: whether the optimizer keeps weights on the grid, so that an update which moves none of them is lost.
+    """
+
+    warmup_steps: int = 0
+    on_grid: bool = False
+
+
+WITHOUT_WARMUP = Training()
+
+
+def training_of(optimizer: Mapping[str, Any]) -> Training:
+    """Of a run's `config.optimizer`, or what its manifest has of it."""
+    warmup = optimizer.get("warmup_steps", 0)
+    return Training(warmup if isinstance(warmup, int) else 0, optimizer.get("name") in KEEP_TO_GRIDS)
+
+
+class Watch:
+    """Finds the first crossings of a run record by record; the cost of one does not grow with those before it."""
+
+    def __init__(
+        self,
+        training: Training,
+        earlier: Iterable[Mapping[str, Any]] = (),
+        thresholds: Mapping[str, float] = THRESHOLDS,
+    ):
+        """Has seen the records of earlier sessions; `thresholds` by kind, those left out are THRESHOLDS'."""
+        self._training, self._limits = training, {**THRESHOLDS, **thresholds}
+        self._ranks: dict[str, float] = {}
+        self._seen: set[tuple[str, str, str]] = set()
+        for record in earlier:
+            self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> list[Failure]:
+        """What this record is the first to show, in the order in which it happened; records come by ascending step."""
+        step, new = int(record["step"]), []
+        crossings = _crossings(record, self._ranks, self._limits, self._training)
+        for _stage, layer, role, kind, value, threshold in sorted(crossings, key=lambda c: _order(c[0], c[1], c[3])):
+            if (layer, role, kind) not in self._seen:
+                self._seen.add((layer, role, kind))
+                new.append(Failure(layer, role, kind, step, value, threshold))
+        return new
+
+
+def first_failures(
+    records: Sequence[Mapping[str, Any]],
+    training: Training = WITHOUT_WARMUP,
+    thresholds: Mapping[str, float] = THRESHOLDS,
+) -> list[Failure]:
     """The first crossing of every (layer, role, kind), in the order in which they happened.
 
     Args:
       records: of a run, as `tracking.read_metrics` gives them: `step`, and slash-named numbers and texts.
+      training: of that run.
       thresholds: by kind; those left out are THRESHOLDS'.
     """
-    limits = {**THRESHOLDS, **thresholds}
-    first: dict[tuple[str, str, str], tuple[tuple, Failure]] = {}
-    ranks: dict[str, float] = {}
-    for record in sorted(records, key=lambda record: record["step"]):
-        found = [
-            (_order(stage, layer, kind), Failure(layer, role, kind, int(record["step"]), value, threshold))
-            for stage, layer, role, kind, value, threshold in _crossings(record, ranks, limits)
-        ]
-        for order, failure in sorted(found, key=lambda pair: pair[0]):
-            case = failure.layer, failure.role, failure.kind
-            first.setdefault(case, ((failure.step, *order), failure))
-    return [failure for _, failure in sorted(first.values(), key=lambda pair: pair[0])]
+    watch = Watch(training, (), thresholds)
+    return [failure for record in sorted(records, key=lambda record: record["step"]) for failure in watch.add(record)]
 
 
 def table(failures: Sequence[Failure]) -> list[str]:
@@ -129,18 +180,21 @@ def _json_value(value: Any) -> Any:
 
 
 def _crossings(
-    record: Mapping[str, Any], ranks: dict[str, float], limits: Mapping[str, float]
+    record: Mapping[str, Any], ranks: dict[str, float], limits: Mapping[str, float], training: Training
 ) -> Iterator[tuple[str, str, str, str, float, float]]:
     """(stage, layer, role, kind, value, threshold) of every threshold crossed; `ranks` gathers the first of each."""
+    warm = record["step"] >= training.warmup_steps
     for key, value in record.items():
         if not isinstance(value, (int, float)):
             continue
         match key.split("/"):
-            case ["quant", layer, role, ("nan" | "overflow" | "underflow") as kind] if value > limits[kind]:
+            case ["quant", layer, role, ("nan" | "overflow") as kind] if value > limits[kind]:
                 yield role, layer, role, kind, value, limits[kind]
+            case ["quant", layer, role, "magnitude_lost"] if value > limits["underflow"]:
+                yield role, layer, role, "underflow", value, limits["underflow"]
             case ["grads", layer, "cosine"] if value < limits["gradient"] or _lost(record, layer, value):
                 yield "gradient", layer, "gradient", "gradient", value, limits["gradient"]
-            case ["weights", layer, "stall"] if value > limits["stall"]:
+            case ["weights", layer, "stall"] if value > limits["stall"] and training.on_grid and warm:
                 yield "update", layer, "update", "stall", value, limits["stall"]
             case ["weights", layer, "relative_update"] if value > limits["blow-up"] and not layer.endswith(".bias"):
                 yield "update", layer, "update", "blow-up", value, limits["blow-up"]

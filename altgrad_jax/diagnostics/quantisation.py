@@ -1,6 +1,7 @@
 """What the formats did to each layer's operands in one step: counted on the very conversions of that step.
 
     underflow    of the elements that were not zero, the share that became zero
+    magnitude_lost  of the sum of all magnitudes, the share that became zero with them: what underflow takes away
     overflow     share of the elements beyond the largest value, by more than half a step, that were finite before
     nan          share of the elements that are NaN after it
     amax         largest magnitude before scaling; amax_mean its moving average (decay 0.9)
@@ -24,8 +25,8 @@ from altgrad_jax.precision.policy import LayerState, Policy
 from altgrad_jax.precision.statistics import RoleStats
 
 Array = jax.Array
-MEASURES = ("underflow", "overflow", "nan", "amax", "amax_mean", "scale")
-RATES = ("underflow", "overflow", "nan", "codes_used")
+MEASURES = ("underflow", "overflow", "nan", "amax", "amax_mean", "scale", "magnitude_lost")
+RATES = ("underflow", "overflow", "nan", "magnitude_lost", "codes_used")
 CODES = 256
 
 
@@ -33,18 +34,23 @@ def measure(policy: Policy, stats: Mapping[str, Mapping[str, RoleStats]], state:
     """The measures and the code shares of every layer and role, in the policy's order.
 
     Returns:
-      [rows, 6] float32 and [rows, 256] float32, the second zero for formats without counted codes.
+      [rows, MEASURES] float32 and [rows, 256] float32, the second zero for formats without counted codes.
     """
     measures, codes = [], []
     for layer, role in rows(policy):
         seen = stats[layer][role]
-        assert seen.shares is not None and seen.scale is not None, "statistics were gathered"
+        assert seen.shares is not None and seen.scale is not None and seen.magnitudes is not None, "were gathered"
         nonzero, underflow, overflow, nan = seen.shares
-        rate = jnp.where(nonzero > 0, underflow / jnp.where(nonzero > 0, nonzero, 1.0), 0.0)
-        measures.append(jnp.stack([rate, overflow, nan, seen.amax, state[layer][role].mean, seen.scale]))
+        rate, lost = _part(underflow, nonzero), _part(seen.magnitudes[1], seen.magnitudes[0])
+        measures.append(jnp.stack([rate, overflow, nan, seen.amax, state[layer][role].mean, seen.scale, lost]))
         found = jnp.zeros((0,)) if seen.codes is None else seen.codes
         codes.append(jnp.pad(found, (0, CODES - found.size)))
     return jnp.stack(measures), jnp.stack(codes)
+
+
+def _part(part: Array, whole: Array) -> Array:
+    """part / whole, 0 of nothing; NaN of a whole that is not finite."""
+    return jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole))
 
 
 def rows(policy: Policy) -> list[tuple[str, str]]:

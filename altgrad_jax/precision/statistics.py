@@ -28,12 +28,14 @@ class RoleStats:
       shares: of all elements, float32 [4]: those not zero, those not zero that became zero, those finite that lay
         beyond the largest value and more than half a step away from it, and those that are NaN.
       codes: share of the elements in each code, float32 [2^bits]; formats up to 8 bits.
+      magnitudes: means over all elements, float32 [2]: of |x|, and of |x| where it became zero, else 0.
     """
 
     amax: Array
     scale: Array | None = None
     shares: Array | None = None
     codes: Array | None = None
+    magnitudes: Array | None = None
 
 
 def empty_stats(fmt: FloatFormat, collect: bool) -> RoleStats:
@@ -42,7 +44,7 @@ def empty_stats(fmt: FloatFormat, collect: bool) -> RoleStats:
     if not collect:
         return RoleStats(zero)
     codes = jnp.zeros((1 << fmt.bits,), jnp.float32) if fmt.bits <= COUNTED_BITS else None
-    return RoleStats(zero, zero, jnp.zeros((len(SHARES),), jnp.float32), codes)
+    return RoleStats(zero, zero, jnp.zeros((len(SHARES),), jnp.float32), codes, jnp.zeros((2,), jnp.float32))
 
 
 def count(
@@ -60,10 +62,10 @@ def count(
       grid: the format where it is traced, else None.
     """
     rounded = rounded.astype(jnp.float32)
-    magnitude = jnp.abs(scaled)
+    magnitude, gone = jnp.abs(scaled), (x != 0) & (rounded == 0)
     shares = [
         x != 0,
-        (x != 0) & (rounded == 0),
+        gone,
         (magnitude > _saturates_above(fmt, grid)) & jnp.isfinite(x),
         jnp.isnan(rounded),
     ]
@@ -75,7 +77,9 @@ def count(
         codes = jnp.zeros((1 << fmt.bits,), jnp.float32)
         if grid is None:
             codes = jnp.zeros((1 << fmt.bits,), jnp.int32).at[code].add(1).astype(jnp.float32) / code.size
-    return RoleStats(amax, jnp.mean(scale), means, codes)
+    of_x = jnp.abs(x)
+    magnitudes = jnp.stack([jnp.mean(of_x), jnp.mean(jnp.where(gone, of_x, 0.0))]).astype(jnp.float32)
+    return RoleStats(amax, jnp.mean(scale), means, codes, magnitudes)
 
 
 def _saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:

@@ -1,7 +1,8 @@
 """The answer in three sentences, by rule from the numbers: the formats, the optimizers, what failed first.
 
-No sentence says more than a test does. A difference is called one only if its Holm-corrected p is below 0.05; without
-seeds to test it, it is what one run showed.
+No sentence says more than a test does. A difference is called one only if its Holm-corrected p is below 0.05, two
+conditions are called equivalent only if the test of that says so, and the rest is not decided. Without seeds to test,
+it is what one run showed.
 """
 
 import math
@@ -9,16 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from altgrad_jax.report.cells import interval
-from altgrad_jax.report.failures import run_failures
-from altgrad_jax.report.results import within_rule
-from altgrad_jax.report.statistics import Paired
-from altgrad_jax.report.study import Comparison, Study
+from altgrad_jax.report.failures import RANK, run_failures
+from altgrad_jax.report.statistics import BETTER, EQUIVALENT, UNDECIDED, WORSE, Paired
+from altgrad_jax.report.study import LOST, Comparison, Study
 
-LEVEL = 0.05
 WORDS = {
     "nan": "a NaN in the {role}",
     "overflow": "overflow of the {role}",
-    "underflow": "underflow of the {role}",
+    "underflow": "underflow of the {role} (a tenth of its magnitude or more)",
     "gradient": "the direction of a layer's gradient",
     "stall": "updates that move no rounded weight",
     "blow-up": "an update as long as a third of its weights",
@@ -52,7 +51,7 @@ def seeds_clause(study: Study) -> str:
     if not counts:
         return "no two seeds are shared with the baseline, so no difference can be told from chance"
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"95 % intervals, paired over {n} seeds, tests Holm-corrected"
+    return f"95 % intervals, paired over {n} seeds"
 
 
 def _shown(found: Paired) -> str:
@@ -78,18 +77,7 @@ def _formats(study: Study) -> str:
             label = far.group.curve if same is not study.gaps else far.group.name
             lead += f", the highest that of {label}, {_shown(far.difference)}"
         parts.append(lead)
-        within = sum(within_rule(c.group, base) for c in same)
-        parts.append(f"{within} of {len(same)} end within 10 % of it")
-        tested = [c for c in measured if not math.isnan(c.p_holm)]
-        worse = [c for c in tested if c.p_holm < LEVEL and c.difference.mean > 0]
-        better = [c for c in tested if c.p_holm < LEVEL and c.difference.mean < 0]
-        if tested and not worse and not better:
-            alone = sum(c.difference.p < LEVEL for c in tested)
-            but = f", {alone} would be without the correction" if alone else ""
-            parts.append(f"no difference to it is significant ({len(tested)} tested{but})")
-        elif tested:
-            kinds = [f"{len(found)} {word}" for found, word in ((worse, "worse"), (better, "better")) if found]
-            parts.append(f"of {len(tested)} tested against it {' and '.join(kinds)} beyond chance")
+        parts += _decided(same, study.margin, by_curve=same is not study.gaps)
     if lost:
         parts.append(f"no final loss to compare {_has(lost)} {_list([c.group.name for c in lost])}")
     parts.append(seeds_clause(study))
@@ -103,43 +91,53 @@ def _optimizers(study: Study) -> str:
     if not gains:
         return "No optimizer can be set against AdamW in the same format: no pair has losses to compare."
     best = min(gains, key=lambda c: c.difference.mean)
-    d = best.difference
-    gain = Paired(d.n, -d.mean, -d.high, -d.low, d.p)
-    large = f"{best.group.optimizer} in {best.group.curve}, by {_shown(gain)} nats"
-    tested = [c for c in gains if not math.isnan(c.p_holm)]
+    large = f"{best.group.optimizer} in {best.group.curve}, by {_shown(best.difference.reversed)} nats"
+    tested = _decided(study.gains, study.margin)
     if not tested:
         return _sentence(
             f"of {len(gains)} comparisons with AdamW in the same format the best for another optimizer is {large}",
             "which one seed cannot tell from chance",
         )
-    better = [c for c in tested if c.p_holm < LEVEL and c.difference.mean < 0]
-    worse = [c for c in tested if c.p_holm < LEVEL and c.difference.mean > 0]
-    n = len(tested)
-    if not better and not worse:
-        return _sentence(
-            f"none of the n = {n} comparisons of another optimizer with AdamW in the same format shows an effect after"
-            f" Holm's correction; the largest gain is {large}"
-        )
-    return _sentence(
-        f"of n = {n} comparisons of another optimizer with AdamW in the same format gains in {len(better)} and"
-        f" losses in {len(worse)} stand after Holm's correction; the largest gain is {large}"
-    )
+    return _sentence("of other optimizers against AdamW in the same format", *tested, f"the largest gain is {large}")
+
+
+def _decided(comparisons: Sequence[Comparison], margin: float, by_curve: bool = False) -> list[str]:
+    """What the tests say of each: ["worse: a, b", ..., "7 comparisons, Holm-corrected"]; nothing if none was tested."""
+    tested = [c for c in comparisons if c.tested.family and not math.isnan(c.tested.p)]
+    if not tested:
+        return []
+    words = {
+        WORSE: "worse", BETTER: "better", EQUIVALENT: f"equivalent within {margin:g} nats", UNDECIDED: "not decided",
+        LOST: "with lost runs, so not judged",
+    }  # fmt: skip
+    parts = []
+    for verdict, word in words.items():
+        named = [c.group.curve if by_curve else c.group.name for c in tested if c.verdict == verdict]
+        if named:
+            parts.append(f"{word} ({len(named)}): {_list(named, 8)}")
+    sizes = sorted({c.tested.family for c in tested})
+    of = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return [*parts, f"Holm-corrected for {of} different comparisons"]
 
 
 def _failures(study: Study) -> str:
-    firsts = [(e, found[0]) for e in study.compared if (found := [f for f in run_failures(e.run) if f.kind != "rank"])]
+    found = [(e, run_failures(e.run)) for e in study.compared]
+    firsts = [(e, others[0]) for e, of_run in found if (others := [f for f in of_run if f.kind != RANK])]
+    rank = sum(any(f.kind == RANK for f in of_run) for _, of_run in found)
     ended = [entry for entry in study.compared if entry.ended_badly]
     runs = len(study.compared)
     stopped = f"{len(ended)} of {runs} runs diverged or failed" if ended else f"no run of {runs} diverged or failed"
+    but = f"the loss of rank, usual early in training, is left out here ({rank} of {runs} runs)" if rank else ""
     if not firsts:
-        return _sentence(stopped, "no diagnostic that was logged crossed its threshold, but for the rank of weights")
+        return _sentence(stopped, "no diagnostic that was logged crossed its threshold", *filter(None, [but]))
     (kind, role), n = Counter((f.kind, f.role) for _, f in firsts).most_common(1)[0]
     first = min((f for _, f in firsts if (f.kind, f.role) == (kind, role)), key=lambda f: f.step)
     where = f" in {first.layer}" if first.layer else ""
     named = WORDS.get(kind, kind).format(role=role)
     return _sentence(
-        f"what fails first is most often {named} ({n} of {len(firsts)} runs in which something crossed a threshold,"
-        f" earliest at step {first.step}{where})",
+        f"what fails first is most often {named}: in {n} of the {len(firsts)} runs of {runs} in which a threshold was"
+        f" crossed, earliest at step {first.step}{where}",
+        *filter(None, [but]),
         stopped,
     )
 

@@ -4,14 +4,15 @@ A sweep writes a run's condition into its manifest. Of any other run it is read 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from altgrad_jax import files
 from altgrad_jax.errors import UserError
-from altgrad_jax.report.runs import Run, is_number
+from altgrad_jax.report.aliases import arithmetic
+from altgrad_jax.report.runs import Run, cleaned, is_number, visible
 
 PLAIN = "bf16"  # the recipe of a run without rules
 ADAMW = "adamw"
@@ -45,12 +46,17 @@ class Condition:
     together: int
     stated: bool
 
+    @property
+    def arithmetic(self) -> Hashable:
+        """Equal for conditions that round alike, however their recipes are spelt or called."""
+        return arithmetic(self.text)
+
 
 def condition_of(run: Run) -> Condition:
     """The condition that the sweep wrote, completed by what the configuration says."""
     config = _object(run.manifest.get("config"))
     stated = _object(run.manifest.get("condition"))
-    recipe, layers = _recipe(config)
+    recipe, layers = _recipe(config) if config else (f"unknown ({run.name})", ALL)
     seed = stated.get("seed", config.get("seed", run.identity.get("seed")))
     rate = stated.get("learning_rate", _object(config.get("optimizer")).get("learning_rate"))
     together, factor = stated.get("together", 1), stated.get("rate")
@@ -83,11 +89,9 @@ def _recipe(config: Mapping[str, Any]) -> tuple[str, str]:
         return "unknown", ALL
     rules = precision.get("rules") or []
     rules = rules if isinstance(rules, list) else []
-    pairs = [(printable(str(r[0])), printable(str(r[1]))) for r in rules if isinstance(r, list) and len(r) == 2]
+    pairs = [(str(r[0]), str(r[1])) for r in rules if isinstance(r, list) and len(r) == 2]
     if all(recipe == PLAIN for _, recipe in pairs):
-        return (
-            PLAIN if precision.get("compute", "bfloat16") == "bfloat16" else printable(str(precision["compute"]))
-        ), ALL
+        return (PLAIN if precision.get("compute", "bfloat16") == "bfloat16" else str(precision["compute"])), ALL
     if len(pairs) == 1:
         pattern, recipe = pairs[0]
         return recipe, ALL if pattern == EVERY_LAYER else pattern
@@ -99,12 +103,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any, otherwise: str) -> str:
-    return printable(str(value)) if isinstance(value, (str, int, float)) and str(value) else otherwise
-
-
-def printable(text: str) -> str:
-    """A name without control characters and line ends; Vega's expressions, for one, know no U+2028."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return str(value) if isinstance(value, (str, int, float)) and str(value) else otherwise
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def read_matrix(path: Path) -> Matrix | None:
         return None
     found, problem = _read(file)
     if problem:
-        return Matrix(path, path.name, "", "", {}, problems=(problem,))
+        return Matrix(path, visible(path.name), "", "", {}, problems=(problem,))
     notes = _read(path / "search" / "rates.json")[0].get("notes")
     conditions = found.get("conditions")
     expected = {
@@ -147,7 +146,7 @@ def read_matrix(path: Path) -> Matrix | None:
     }
     command = found.get("command")
     text = " ".join(map(str, command)) if isinstance(command, list) else _text(command, "")
-    name, question = _text(found.get("name"), path.name), _text(found.get("question"), "")
+    name, question = _text(found.get("name"), visible(path.name)), _text(found.get("question"), "")
     said = tuple(map(str, notes)) if isinstance(notes, list) else ()
     return Matrix(path, name, question, text, expected, said)
 
@@ -155,6 +154,6 @@ def read_matrix(path: Path) -> Matrix | None:
 def _read(file: Path) -> tuple[dict[str, Any], str]:
     """(the object in a JSON file, what is wrong with it)."""
     try:
-        return files.read_json(file, way_out="it is left out") or {}, ""
+        return cleaned(files.read_json(file, way_out="it is left out") or {}), ""
     except UserError as e:
-        return {}, str(e)
+        return {}, visible(str(e))

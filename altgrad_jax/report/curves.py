@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from altgrad_jax.report.groups import Entry, Group
 from altgrad_jax.report.runs import Run, is_number
 from altgrad_jax.report.statistics import paired
-from altgrad_jax.report.study import Entry, Group, Study
+from altgrad_jax.report.study import Study
 
 POINTS = 150
 DIGITS = 5  # significant, of what only a chart shows
@@ -73,22 +74,35 @@ def _clocks(group: Group) -> list[Clock]:
 
 
 def tokens_to_reach(run: Run, loss: float) -> float:
-    """Tokens until the validation loss, linear between evaluations, is `loss` or lower for good; NaN if it never is.
+    """Tokens until the validation loss, linear between evaluations, is `loss` or lower for good; NaN if not known.
 
-    For good: a loss that is low for a moment and rises again has not got there.
+    For good: a loss that is low for a moment and rises again has not got there. A loss falls steeply in the first
+    steps, so a straight line from step 0 to the first evaluation does not say when it was where: what is reached by
+    then is not known.
     """
     step_tokens = run.tokens / run.step if run.tokens and run.step else math.nan
-    points = [
-        (record["step"], float(record["val/loss"]))
-        for record in run.records
-        if is_number(record.get("val/loss")) and math.isfinite(record["val/loss"])
-    ]
+    points = _evaluations(run)
     if not points or points[-1][1] > loss:
         return math.nan
     for (s0, l0), (s1, l1) in pairwise(reversed(points)):
         if l1 > loss:  # the last evaluation above it; the next one is not
             return (s1 + (s0 - s1) * (l1 - loss) / (l1 - l0)) * step_tokens
-    return points[0][0] * step_tokens
+    return math.nan
+
+
+def _evaluations(run: Run) -> list[tuple[int, float]]:
+    """(step, finite validation loss) after step 0."""
+    return [
+        (record["step"], float(record["val/loss"]))
+        for record in run.records
+        if record["step"] > 0 and is_number(record.get("val/loss")) and math.isfinite(record["val/loss"])
+    ]
+
+
+def arrives_early(run: Run, loss: float) -> bool:
+    """Whether a loss is reached for good before the first evaluation after step 0."""
+    points = _evaluations(run)
+    return bool(points) and all(found <= loss for _, found in points)
 
 
 def loss_curves(study: Study) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from altgrad_jax.report.facts import (
     search_table,
 )
 from altgrad_jax.report.failures import attribution_table, first_failure_table, sweet_spots
+from altgrad_jax.report.groups import shortened
 from altgrad_jax.report.results import (
     equal_loss_table,
     format_table,
@@ -29,9 +30,10 @@ from altgrad_jax.report.results import (
     results_table,
     same_grids,
 )
-from altgrad_jax.report.study import Study, shortened
+from altgrad_jax.report.study import Study
 
 NEEDS = {"altair": "altair>=5.4", "vl_convert": "vl-convert-python>=1.6", "jinja2": "jinja2>=3"}
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet's formula may begin with
 CSV_HEAD = ("table", "row", "column", "value", "low", "high", "text")
 
 
@@ -47,7 +49,10 @@ def check_out(out: str) -> Path:
         raise UsageError(f"--out={out}: name a file that ends in .html; the .csv and .md go beside it")
     if missing := [wanted for module, wanted in NEEDS.items() if find_spec(module) is None]:
         packages = " ".join(f"'{wanted}'" for wanted in missing)
-        raise UserError(f"--out needs packages that are not installed: pip install {packages}")
+        raise UserError(
+            f'--out needs packages that are not installed: pip install "altgrad_jax[report]", in a clone pip install'
+            f' -e ".[report]"; or by themselves, pip install {packages}'
+        )
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
     if not path.resolve().parent.is_dir():
@@ -78,10 +83,10 @@ def tables(study: Study) -> dict[str, Table]:
 
 
 def write_report(study: Study, page: Path, command: str) -> list[Path]:
-    """Writes the page, the CSV and the Markdown; returns their paths.
+    """Writes the page, the CSV and the Markdown, each whole or not at all; returns their paths.
 
     Raises:
-      UserError: one cannot be written.
+      UserError: one cannot be written; the old one is as it was.
     """
     from altgrad_jax.report.page import Document, render  # needs Altair, which the terminal's table does without
 
@@ -97,21 +102,29 @@ def write_report(study: Study, page: Path, command: str) -> list[Path]:
 
 
 def as_csv(made: Mapping[str, Table]) -> str:
-    """One line a cell: table, row, column, value, low, high, text; numbers with all their digits."""
+    """One line a cell: table, row, column, value, low, high, text; numbers with all their digits.
+
+    A spreadsheet takes a text that begins with = + - @ for a formula, and runs it: such a text gets a ' before it.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CSV_HEAD)
     for table in made.values():
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
-                writer.writerow((table.key, row.name, column, *cell.raw, cell.text))
+                named = map(_no_formula, (table.key, row.name, column))
+                writer.writerow((*named, *cell.raw, _no_formula(cell.text)))
     return file.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text
 
 
 def as_markdown(study: Study, made: Mapping[str, Table], command: str) -> str:
     """The report without its charts."""
     lines = [f"# {_plain(question(study))}", "", *(f"- {_plain(sentence)}" for sentence in answer(study)), ""]
-    lines += [f"> {_plain(note)}\n" for note in same_grids(study)]
+    lines += [f"> {_plain(note)}\n" for note in (*study.merged, *same_grids(study))]
     if study.missing:
         lines += [f"> Missing of the matrix ({len(study.missing)}): {_plain(shortened(study.missing))}", ""]
     lines += _table("", ("", ""), ((name, what) for name, what in facts(study)))

@@ -2,14 +2,14 @@
 
 import math
 import shlex
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from altgrad_jax.report.cells import MISSING, Cell, Row, Table, number, size, text
-from altgrad_jax.report.runs import is_number
-from altgrad_jax.report.study import Entry, Study
+from altgrad_jax.report.groups import Entry
+from altgrad_jax.report.runs import is_number, speed
+from altgrad_jax.report.study import Study
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
     others = [
         f"{len(found)} {what}"
         for found, what in (
-            (study.apart, "set apart"),
+            ((*study.apart, *study.again), "set apart"),
             (study.classified, "of the classification task"),
             (study.searches, "of a search for learning rates"),
         )
@@ -143,16 +143,10 @@ def _learning_rates(study: Study) -> str:
     return ", ".join(said) or "not known"
 
 
-def speed(entry: Entry) -> float:
-    """Median of the logged tokens/s."""
-    values = [r["train/tokens_per_second"] for r in entry.run.records if is_number(r.get("train/tokens_per_second"))]
-    return statistics.median(values) if values else math.nan
-
-
 def hardware_table(study: Study) -> Table:
     """What each run really multiplied, how fast, and in how much memory."""
     rows = []
-    for entry in (*study.compared, *(e for e, _ in study.apart), *study.classified):
+    for entry in (*study.compared, *(e for e, _ in (*study.apart, *study.again)), *study.classified):
         audit, memory = _object(entry.run.manifest.get("audit")), _object(entry.run.summary.get("peak_memory_bytes"))
         engines = "; ".join(f"{k}: {v}" for k, v in _object(audit.get("engines")).items())
         together = entry.condition.together
@@ -161,7 +155,7 @@ def hardware_table(study: Study) -> Table:
             _count(audit.get("fp8_got")),
             number(_float(audit.get("fp8_share")), ".3f"),
             text(audit.get("problem") or engines),
-            number(speed(entry), ",.0f"),
+            number(speed(entry.run), ",.0f"),
             number(float(together), ".0f"),
             size(_float(memory.get("device"))),
             size(_float(memory.get("host"))),
@@ -204,7 +198,7 @@ def _float(value: Any) -> float:
 def runs_table(study: Study) -> Table:
     """Every run: where it is, what started it, how it ended."""
     groups = {entry.number: group.name for group in study.groups for entry in group.entries}
-    apart = {entry.number for entry, _ in study.apart}
+    apart = {entry.number for entry, _ in (*study.apart, *study.again)}
     searched = {entry.number for entry in study.searches}
     rows = []
     for entry in (*study.entries, *study.searches):
@@ -237,9 +231,12 @@ def apart_table(study: Study) -> Table:
     """Runs that are not compared, and why."""
     rows = [
         Row(f"{entry.number}: {entry.where}", (text("; ".join(reasons)),), (entry.number,))
-        for entry, reasons in study.apart
+        for entry, reasons in (*study.apart, *study.again)
     ]
-    note = "Their losses say nothing about the others': other data, another model or schedule, or another length."
+    note = (
+        "Their losses say nothing about the others' (other data, another model or schedule, another length), or stand"
+        " in the comparison already."
+    )
     return Table("apart", "Set apart", "run", ("why",), tuple(rows), note)
 
 

@@ -6,20 +6,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from altgrad_jax.diagnostics.attribution import THRESHOLDS, Failure, first_failures
+from altgrad_jax.diagnostics.attribution import THRESHOLDS, Failure, first_failures, training_of
+from altgrad_jax.report.aliases import formats_of
 from altgrad_jax.report.cells import MISSING, Cell, Row, Table, number, share, text
-from altgrad_jax.report.conditions import ADAMW, printable
+from altgrad_jax.report.conditions import ADAMW
 from altgrad_jax.report.curves import rounded
-from altgrad_jax.report.results import formats_of, numbers
+from altgrad_jax.report.groups import Group
+from altgrad_jax.report.results import numbers
 from altgrad_jax.report.runs import Run, is_number
-from altgrad_jax.report.study import Group, Study
+from altgrad_jax.report.study import Study
 
 COLUMNS = 24  # of a heat map
 CELLS = 400_000  # of all heat maps together
 DIGITS = 3
 ROLES = ("weight", "activation", "gradient", "update")
-# measure -> where it is logged; its heat map is fully coloured at the threshold of failure
-MEASURES = ("underflow", "overflow", "gradient cosine", "stall")
+# What heat maps show.
+MEASURES = ("magnitude lost", "underflow", "overflow", "gradient cosine", "stall")
+RANK = "rank"
 SENSITIVE = 0.01  # nats that rounding one operand of one layer may cost
 
 Place = tuple[str, str]  # layer, role
@@ -30,6 +33,8 @@ def place_of(key: str) -> tuple[str, Place] | None:
     match key.split("/"):
         case ["quant", layer, role, ("underflow" | "overflow") as measure]:
             return measure, (layer, role)
+        case ["quant", layer, role, "magnitude_lost"]:
+            return "magnitude lost", (layer, role)
         case ["grads", layer, "cosine"]:
             return "gradient cosine", (layer, "gradient")
         case ["weights", layer, "stall"]:
@@ -98,13 +103,15 @@ def _heat_map(runs: Sequence[dict[Place, dict[int, float]]], columns: int) -> di
         means = [sum(cells[i]) / len(cells[i]) if i in cells else math.nan for i in range(len(ends))]
         values.append([rounded(value, DIGITS) for value in means])
     kept = [i for i, row in enumerate(values) if any(value is not None for value in row)]
-    names = [printable(" · ".join(places[i])) for i in kept]
+    names = [" · ".join(places[i]) for i in kept]
     return {"rows": names, "steps": ends, "values": [values[i] for i in kept]} if kept else None
 
 
 def run_failures(run: Run) -> list[Failure]:
     """The first crossings of a run, in the order in which they happened."""
-    return first_failures(run.records)
+    config = run.manifest.get("config")
+    optimizer = config.get("optimizer") if isinstance(config, dict) else None
+    return first_failures(run.records, training_of(optimizer if isinstance(optimizer, dict) else {}))
 
 
 def first_failure_table(study: Study) -> Table:
@@ -112,7 +119,7 @@ def first_failure_table(study: Study) -> Table:
     rows = []
     for group in study.groups:
         by_run = [(entry, run_failures(entry.run)) for entry in group.entries]
-        failed = [(found[0].step, entry.number, found[0]) for entry, found in by_run if found]
+        failed = [(first.step, entry.number, first) for entry, found in by_run if (first := _first(found))]
         kinds = Counter(kind for _, found in by_run for kind in {f.kind for f in found})
         if failed:
             step, _, first = min(failed, key=lambda one: one[:2])
@@ -133,11 +140,18 @@ def first_failure_table(study: Study) -> Table:
     limits = ", ".join(f"{kind} {limit:g}" for kind, limit in THRESHOLDS.items() if math.isfinite(limit))
     note = (
         "The first crossing of a threshold in any seed, by step and then in the order of a step (weight, activation,"
-        " gradient, update). Of a run that is healthy the loss of rank early in training is usual. Thresholds:"
-        f" {limits}; gradient is a cosine and fails below. “None” means that nothing measured crossed: what was not"
+        " gradient, update). The loss of rank, which a healthy run has too, early in training, is named as the first"
+        f" only where nothing else crossed. Thresholds: {limits}; gradient is a cosine and fails below; underflow is"
+        " the share of a tensor's sum of magnitudes that became zero; a stall counts after warm-up, and only of weights"
+        " that the optimizer keeps on the grid. “None” means that nothing measured crossed: what was not"
         " measured is not named."
     )
     return Table("first_failures", "What crossed a threshold first", "condition", columns, tuple(rows), note)
+
+
+def _first(found: Sequence[Failure]) -> Failure | None:
+    """The first crossing that is no loss of rank; of such alone the first; None of none."""
+    return next((f for f in found if f.kind != RANK), found[0] if found else None)
 
 
 def attribution_table(study: Study, most: int = 12) -> Table:
@@ -167,31 +181,34 @@ def attribution_table(study: Study, most: int = 12) -> Table:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one format did in one layer: the worst over roles and seeds of the last records; NaN where not measured."""
+    """What one format did in one layer: the worst over roles and seeds of the last records; NaN where not measured.
+
+    `lost` is the share of a tensor's sum of magnitudes that became zero.
+    """
 
     group: Group
     bits: int
     mantissa_bits: int
-    underflow: float
+    lost: float
     overflow: float
     cosine: float
     sensitivity: float
-    lost: int
+    lost_runs: int
 
     @property
     def objection(self) -> str:
         """The first threshold that it fails; "" if it passes those measured."""
-        if self.lost:
+        if self.lost_runs:
             return "a run was lost"
-        if self.underflow > THRESHOLDS["underflow"]:
-            return f"underflow {self.underflow:.2g}"
+        if self.lost > THRESHOLDS["underflow"]:
+            return f"magnitude lost {self.lost:.2g}"
         if self.overflow > THRESHOLDS["overflow"]:
             return f"overflow {self.overflow:.2g}"
         if self.cosine < THRESHOLDS["gradient"]:
             return f"cosine {self.cosine:.3f}"
         if self.sensitivity > SENSITIVE:
             return f"sensitivity {self.sensitivity:.2g} nats"
-        if all(math.isnan(v) for v in (self.underflow, self.overflow, self.cosine, self.sensitivity)):
+        if all(math.isnan(v) for v in (self.lost, self.overflow, self.cosine, self.sensitivity)):
             return "not measured"
         return ""
 
@@ -210,14 +227,14 @@ def layer_evidence(study: Study) -> dict[str, list[Evidence]]:
             for layer, what, value in _last_of_layers(entry.run):
                 worst[layer][what].append(value)
         for layer, values in worst.items():
-            if "underflow" not in values and "overflow" not in values and "sensitivity" not in values:
+            if "lost" not in values and "overflow" not in values and "sensitivity" not in values:
                 continue  # the layer is not in a format
             found[layer].append(
                 Evidence(
                     group,
                     bits,
                     mantissa,
-                    max(values.get("underflow", [math.nan])),
+                    max(values.get("lost", [math.nan])),
                     max(values.get("overflow", [math.nan])),
                     min(values.get("cosine", [math.nan])),
                     max(values.get("sensitivity", [math.nan])),
@@ -237,8 +254,10 @@ def _last_of_layers(run: Run) -> list[tuple[str, str, float]]:
         if math.isnan(value):
             continue
         match key.split("/"):
-            case ["quant", layer, _, ("underflow" | "overflow") as what]:
-                found.append((layer, what, value))
+            case ["quant", layer, _, "overflow"]:
+                found.append((layer, "overflow", value))
+            case ["quant", layer, _, "magnitude_lost"]:
+                found.append((layer, "lost", value))
             case ["grads", layer, "cosine"]:
                 found.append((layer, "cosine", value))
             case ["sensitivity", layer, _]:
@@ -251,15 +270,15 @@ def sweet_spots(study: Study) -> Table:
     rows = []
     for layer, evidence in layer_evidence(study).items():
         passing = [e for e in evidence if not e.objection]
-        # Among formats as wide, the one whose gradients are nearest to float32's; then the one with less underflow.
-        passing.sort(key=lambda e: (e.bits, -_or(e.cosine, -1.0), _or(e.underflow, 1.0)))
+        # Among formats as wide, the one whose gradients are nearest to float32's; then the one that loses less.
+        passing.sort(key=lambda e: (e.bits, -_or(e.cosine, -1.0), _or(e.lost, 1.0)))
         best = passing[0] if passing else None
         rejected = [f"{e.group.curve}: {e.objection}" for e in evidence if e.objection]
         cells = (
             text(best.group.curve if best else "none of those tried"),
             number(float(best.bits), ".0f") if best else Cell(MISSING),
             number(best.cosine) if best else Cell(MISSING),
-            share(best.underflow) if best else Cell(MISSING),
+            share(best.lost) if best else Cell(MISSING),
             share(best.overflow) if best else Cell(MISSING),
             number(best.sensitivity, "+.4f") if best else Cell(MISSING),
             text(", ".join(e.group.curve for e in passing[1:])),
@@ -268,8 +287,9 @@ def sweet_spots(study: Study) -> Table:
         entries = best.group.entries if best else tuple(entry for e in evidence for entry in e.group.entries)
         rows.append(Row(layer, cells, numbers(entries)))
     limits = (
-        f"underflow at most {THRESHOLDS['underflow']:g}, overflow at most {THRESHOLDS['overflow']:g}, cosine of the"
-        f" layer's gradient at least {THRESHOLDS['gradient']:g}, sensitivity at most {SENSITIVE:g} nats, no run lost"
+        f"magnitude lost at most {THRESHOLDS['underflow']:g}, overflow at most {THRESHOLDS['overflow']:g}, cosine of"
+        f" the layer's gradient at least {THRESHOLDS['gradient']:g}, sensitivity at most {SENSITIVE:g} nats, no run"
+        " lost"
     )
     note = (
         f"The format with the fewest bits whose evidence passes ({limits}); of several the one with the highest cosine."
@@ -277,7 +297,7 @@ def sweet_spots(study: Study) -> Table:
         " format. Where all layers were rounded together, a layer's cosine also carries what the others did to the"
         " gradient: it is evidence, no proof that the layer alone would do as well."
     )
-    columns = ("format", "bits", "cosine", "underflow", "overflow", "sensitivity", "also pass", "do not pass")
+    columns = ("format", "bits", "cosine", "magnitude lost", "overflow", "sensitivity", "also pass", "do not pass")
     return Table("sweet_spots", "A format for each layer", "layer", columns, tuple(rows), note)
 
 

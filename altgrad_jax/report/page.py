@@ -20,9 +20,11 @@ from altgrad_jax.report.charts import Palette
 from altgrad_jax.report.curves import gap_curves, loss_curves, rounded
 from altgrad_jax.report.facts import facts
 from altgrad_jax.report.failures import heat_maps
+from altgrad_jax.report.groups import shortened
 from altgrad_jax.report.results import same_grids
-from altgrad_jax.report.study import Comparison, Study, shortened
+from altgrad_jax.report.study import Comparison, Study
 
+LOST_MAPS = {"magnitude lost", "underflow"}  # what a condition that rounds has, and one in 16 bits has not
 EXPORTS = "window.altgrad = {embed: vegaEmbed};"
 
 
@@ -59,12 +61,12 @@ def render(document: Document) -> str:
         study=study,
         missing=shortened(study.missing),
         tables=document.tables,
-        notes=same_grids(study),
+        notes=[*study.merged, *same_grids(study)],
         charts=specs,
         legend_curves=[(name, palette.curves.get(name, charts.INK)) for name in curves],
         legend_optimizers=[(name, " ".join(map(str, palette.dashes[name]))) for name in optimizers],
         heat_conditions=list(data["heat"]),
-        heat_first=next((name for name, maps in data["heat"].items() if "underflow" in maps), ""),
+        heat_first=next((name for name, maps in data["heat"].items() if LOST_MAPS & maps.keys()), ""),
         runs_compared=[entry.number for entry in study.compared],
         css=_packaged("page.css"),
         script=_packaged("page.js"),

@@ -1,17 +1,17 @@
 """Tables of what came out: each format, each optimizer, each pair, and how fast each got there."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from altgrad_jax.precision.formats import FloatFormat
-from altgrad_jax.precision.recipes import ROLES, Recipe, parse_recipe
+from altgrad_jax.precision.recipes import ROLES
+from altgrad_jax.report.aliases import FIXED_SCALES, formats_of, parsed
 from altgrad_jax.report.cells import MISSING, Cell, Row, Table, difference, number, p_value, share, text
-from altgrad_jax.report.compare import TOLERANCE
-from altgrad_jax.report.curves import tokens_to_reach
-from altgrad_jax.report.statistics import paired, ratio
-from altgrad_jax.report.study import Comparison, Entry, Group, Study
+from altgrad_jax.report.curves import arrives_early, tokens_to_reach
+from altgrad_jax.report.groups import Entry, Group
+from altgrad_jax.report.statistics import LEVEL, ratio
+from altgrad_jax.report.study import Comparison, Study
 
-FIXED_SCALES = ("none", "static")
 NATS = "nats per token of the last validation loss"
 
 
@@ -20,22 +20,9 @@ def numbers(entries: Iterable[Entry]) -> tuple[int, ...]:
     return tuple(entry.number for entry in entries)
 
 
-def formats_of(recipe: str) -> dict[str, FloatFormat]:
-    """Role -> format of a recipe; empty if nothing is rounded, or if this is no recipe."""
-    parsed = _parsed(recipe)
-    return {role: parsed.role(role).fmt for role in ROLES} if parsed else {}
-
-
-def _parsed(recipe: str) -> Recipe | None:
-    try:
-        return parse_recipe(recipe)
-    except ValueError:
-        return None
-
-
 def same_grids(study: Study) -> list[str]:
     """Pairs of formats in the report that are one grid under a free scale, in words."""
-    recipes = [recipe for group in study.groups if (recipe := _parsed(group.text)) is not None]
+    recipes = [recipe for group in study.groups if (recipe := parsed(group.text)) is not None]
     roles = [recipe.role(role) for recipe in recipes for role in ROLES]
     formats = {role.fmt.name: role.fmt for role in roles if role.scaling not in FIXED_SCALES}
     found = []
@@ -59,7 +46,7 @@ def results_table(study: Study) -> Table:
         losses = list(group.final_losses.values())
         mean = group.seed_mean(losses)
         spread = number(max(losses) - min(losses)) if len(losses) > 1 else Cell(MISSING)
-        gap = study.gap(group)
+        gap = study.comparison(group)
         cells = (
             text(group.status),
             number(float(len(group.entries)), ".0f"),
@@ -67,37 +54,39 @@ def results_table(study: Study) -> Table:
             number(mean),
             spread,
             number(math.exp(mean) if mean < 700 else math.nan, ",.2f"),
-            Cell("baseline") if group is study.baseline else difference(gap),
-            p_value(next((c.p_holm for c in study.gaps if c.group is group), math.nan)),
-            text(_verdict(study, group)),
+            difference(gap.difference) if gap else Cell("baseline"),
+            p_value(gap.tested.p if gap else math.nan),
+            p_value(gap.tested.p_equivalent if gap else math.nan),
+            text(gap.words if gap else ""),
         )
         rows.append(Row(group.name, cells, numbers(group.entries)))
-    columns = (*("status", "seeds", "without a loss", "loss", "spread", "perplexity", "gap", "p (Holm)", "10 % rule"),)
+    columns = (
+        *("status", "seeds", "without a loss", "loss", "spread", "perplexity"),
+        *("gap", "p (Holm)", "p (equivalence)", "verdict"),
+    )
     note = (
         f"Loss: {NATS}, mean over seeds; spread: largest less smallest. Gap: loss less the baseline's, paired over"
-        f" seeds, with the 95 % t interval. p: paired t test, Holm-corrected for {_tested(study.gaps)} comparisons."
-        " Runs that diverged or failed have no loss: they are counted, not averaged."
+        f" seeds, with the 95 % t interval. p: paired t test. p (equivalence): paired test (TOST) that the gap lies"
+        f" within ±{study.margin:g} nats. {_families(study.gaps)} {_verdicts(study.margin)} Runs that diverged or"
+        " failed have no loss: they are counted, not averaged."
     )
     return Table("results", "Every condition", "condition", columns, tuple(rows), note)
 
 
-def _tested(comparisons: Iterable[Comparison]) -> int:
-    return sum(not math.isnan(c.difference.p) for c in comparisons)
+def _families(comparisons: Sequence[Comparison]) -> str:
+    """How many comparisons each correction is for."""
+    sizes = {c.group.optimizer: c.tested.family for c in comparisons if c.tested.family}
+    if not sizes:
+        return "No pair of seeds, so nothing is tested."
+    listed = ", ".join(f"{size} with {optimizer}" for optimizer, size in sizes.items())
+    return f"Holm's correction is for the gaps of one optimizer, equal ones counted once: {listed}."
 
 
-def _verdict(study: Study, group: Group) -> str:
-    """AltGrad's rule: within 10 % of the baseline's loss."""
-    if group is study.baseline or study.baseline is None:
-        return ""
-    if group.lost:
-        return "not met" if group.lost == len(group.entries) else f"not met ({group.lost} lost)"
-    return "met" if within_rule(group, study.baseline) else "not met"
-
-
-def within_rule(group: Group, baseline: Group) -> bool:
-    """Whether all its runs have a final loss, and their mean is within 10 % of the baseline's."""
-    mean, base = (g.seed_mean(g.final_losses.values()) for g in (group, baseline))
-    return not group.lost and mean <= (1 + TOLERANCE) * base
+def _verdicts(margin: float) -> str:
+    return (
+        f"Verdict: worse or better where p is below {LEVEL:g}; equivalent within {margin:g} where p (equivalence) is;"
+        " not decided where neither: then nothing is known, not even that there is no difference."
+    )
 
 
 def format_table(study: Study) -> Table:
@@ -203,30 +192,27 @@ def gains_table(study: Study) -> Table:
     """What each optimizer gains over AdamW in the same format."""
     rows = []
     for c in study.gains:
-        found = paired(c.against.final_losses, c.group.final_losses)  # the other way round: a gain is a lower loss
+        gain = c.difference.reversed  # a gain is a lower loss
         cells = (
             text(c.group.curve),
             text(c.group.optimizer),
-            number(float(found.n), ".0f"),
-            difference(found),
-            p_value(found.p),
-            p_value(c.p_holm),
-            text(_effect(found.mean, c.p_holm)),
+            number(float(gain.n), ".0f"),
+            difference(gain),
+            p_value(gain.p),
+            p_value(c.tested.p),
+            p_value(c.tested.p_equivalent),
+            text(c.words),
         )
         rows.append(Row(c.group.name, cells, numbers((*c.against.entries, *c.group.entries))))
+    size = max((c.tested.family for c in study.gains), default=0)
     note = (
         f"Gain: AdamW's loss less this optimizer's in the same format, {NATS}, paired over seeds, with the 95 % t"
-        f" interval; above zero the optimizer is better. p of the paired t test, then Holm-corrected for the"
-        f" {_tested(study.gains)} comparisons of this table that could be tested; an effect is named below 0.05."
+        f" interval; above zero the optimizer is better. p of the paired t test; Holm-corrected for the {size}"
+        " comparisons of this table that could be tested, equal ones counted once, as is p (equivalence), of the test"
+        f" that the difference lies within ±{study.margin:g} nats. {_verdicts(study.margin)}"
     )
-    columns = ("format", "optimizer", "pairs", "gain over AdamW", "p", "p (Holm)", "effect")
+    columns = ("format", "optimizer", "pairs", "gain over AdamW", "p", "p (Holm)", "p (equivalence)", "verdict")
     return Table("gains", "What other optimizers gain over AdamW", "condition", columns, tuple(rows), note)
-
-
-def _effect(gain: float, p: float) -> str:
-    if math.isnan(p):
-        return "cannot be tested"
-    return "none shown" if p >= 0.05 else "better" if gain > 0 else "worse"
 
 
 def equal_loss_table(study: Study) -> tuple[Table, float]:
@@ -242,17 +228,20 @@ def equal_loss_table(study: Study) -> tuple[Table, float]:
     for group in study.groups:
         tokens = reached[id(group)]
         arrived = [t for t in tokens.values() if math.isfinite(t)]
+        early = sum(arrives_early(e.run, target) for e in group.entries)
         speed = ratio(base, tokens)  # how many times fewer tokens than the baseline
+        before = f", {early} before the first evaluation" if early else ""
         cells = (
             number(group.seed_mean(arrived), ",.0f"),
-            Cell(f"{len(arrived)} of {len(tokens)}"),
+            Cell(f"{len(arrived) + early} of {len(tokens)}{before}"),
             Cell("baseline") if group is study.baseline else difference(speed, ".3f"),
         )
         rows.append(Row(group.name, cells, numbers(group.entries)))
     shown = "unknown" if math.isnan(target) else f"{target:.4f} nats"
     note = (
         f"Tokens until the validation loss, joined by straight lines between evaluations, is {shown} or lower for good:"
-        " the highest final loss of a run among the conditions that finished with all their seeds. Speed: the"
+        " the highest final loss of a run among the conditions that finished with all their seeds. Of a run that gets"
+        " there before its first evaluation after step 0 the tokens are not known, and are left out. Speed: the"
         " baseline's tokens over this condition's, geometric mean over the seeds in which both arrive, with the 95 % t"
         " interval of its logarithm; above 1 it needs fewer."
     )

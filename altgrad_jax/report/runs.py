@@ -4,12 +4,14 @@ Nothing here stops at a defect of a run: what is missing or broken is named in `
 """
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from altgrad_jax import files
+from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import NOT_FINITE, Record, is_number
 
@@ -32,6 +34,7 @@ MUST_AGREE = (
     "optimizer.warmup_steps",
     "optimizer.min_lr_ratio",
 )
+_LINES = "\u2028\u2029\x1c\x1d\x1e\x1f\x85\x0b\x0c"  # that are spaces to Python, and end a line elsewhere
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Run:
 
     Attributes:
       path: its folder.
-      name: the folder's name.
+      name: the folder's name, made visible.
       records: of metrics.jsonl, ascending in step; events among them.
       manifest: manifest.json; empty if there is none.
       summary: summary.json; empty if there is none.
@@ -99,7 +102,31 @@ def read_run(path: Path) -> Run:
     if not isinstance(identity, dict):
         identity = {}
         problems.append("manifest.json does not say what was run")
-    return Run(path, path.resolve().name, tuple(records), manifest, summary, tuple(problems), identity)
+    return Run(path, visible(path.resolve().name), tuple(records), manifest, summary, tuple(problems), identity)
+
+
+def visible(text: str) -> str:
+    """Text that shows what it holds: no control character moves a cursor, no bidi control reorders what is read.
+
+    Spaces of every kind become spaces, all else that has no shape "?".
+    """
+    return "".join(" " if c.isspace() and c not in _LINES else c if c.isprintable() else "?" for c in text)
+
+
+def cleaned(value: Any) -> Any:
+    """A JSON value with all its texts and keys made visible."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {visible(key): cleaned(one) for key, one in value.items()}
+    return [cleaned(one) for one in value] if isinstance(value, list) else value
+
+
+def speed(run: Run) -> float:
+    """Median of the logged tokens/s; NaN without any. Steps with evaluations or diagnostics count if no others do."""
+    logged = [r for r in run.records if is_number(r.get("train/tokens_per_second"))]
+    plain = [r for r in logged if "val/loss" not in r and not is_answered(r)]
+    return statistics.median(r["train/tokens_per_second"] for r in plain or logged) if logged else math.nan
 
 
 def _read_records(path: Path, problems: list[str]) -> list[Record]:
@@ -112,7 +139,7 @@ def _read_records(path: Path, problems: list[str]) -> list[Record]:
     try:
         lines = (files.read_bytes(path) or b"").split(b"\n")
     except UserError as e:
-        problems.append(str(e))
+        problems.append(visible(str(e)))
         return []
     records, bad = [], []
     for number, line in enumerate(lines, 1):
@@ -122,7 +149,8 @@ def _read_records(path: Path, problems: list[str]) -> list[Record]:
             record = ()
         if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**53:
             restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
-            records.append({k: v for k, v in restored.items() if is_number(v) or k.startswith("event")})
+            kept = {k: v for k, v in restored.items() if is_number(v) or k.startswith("event")}
+            records.append(cleaned(kept))
         elif line and number < len(lines):
             bad.append(number)
     if bad:
@@ -135,12 +163,12 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         found = files.read_json(path, way_out="it is left out")
     except UserError as e:
-        problems.append(str(e))
+        problems.append(visible(str(e)))
         return {}
     if found is None:
         problems.append(f"no {path.name}")
         return {}
-    return found
+    return cleaned(found)
 
 
 def read_runs(paths: Iterable[str]) -> list[Run]:

@@ -54,6 +54,11 @@ class Paired:
         return not math.isnan(self.low)
 
     @property
+    def reversed(self) -> "Paired":
+        """The reference less the values."""
+        return Paired(self.n, -self.mean, -self.high, -self.low, self.p)
+
+    @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of zero."""
         return self.has_interval and (self.low > 0 or self.high < 0)

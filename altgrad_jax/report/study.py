@@ -2,121 +2,25 @@
 
 A group is all seeds of one condition. Runs are compared if they agree in what `runs.MUST_AGREE` names and are as long;
 one that diverged or failed is shorter, and that is its result. Of several experiments in one call the one with most
-runs is compared, and the runs of the others are set apart, each with its reason.
+runs is compared, and the runs of the others are set apart, each with its reason. What is one experiment under two names
+(`aliases`) is one group.
 """
 
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from altgrad_jax.errors import UsageError
-from altgrad_jax.report.conditions import ADAMW, ALL, PLAIN, Condition, Matrix, condition_of, printable, read_matrix
-from altgrad_jax.report.runs import MUST_AGREE, Run, differences, read_run
-from altgrad_jax.report.statistics import NOTHING, Paired, holm, paired
+from altgrad_jax.report.conditions import ADAMW, PLAIN, Matrix, condition_of, read_matrix
+from altgrad_jax.report.groups import Apart, Entry, Group, grouped, merged, shortened
+from altgrad_jax.report.runs import MUST_AGREE, Run, differences, read_run, visible
+from altgrad_jax.report.statistics import MARGIN, NOTHING, Paired, Tested, decide, shared_differences
 
-ENDED_BADLY = ("diverged", "failed")
-# Of the identity, what makes no condition of its own: the seed, what must agree, where and how the step is computed.
-NO_CONDITION = (
-    *MUST_AGREE,
-    "seed",
-    "diagnostics.questions",
-    "train.loss_chunk",
-    "train.remat",
-    "train.steps_per_dispatch",
-    "model.attention",
-)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A run with its number in the report and its condition.
-
-    Attributes:
-      number: from 1, in the list of runs.
-      run: its records.
-      condition: what it tries.
-      where: its folder, relative to the report.
-    """
-
-    number: int
-    run: Run
-    condition: Condition
-    where: str
-
-    @property
-    def seed(self) -> int:
-        """Its seed; of an unknown one a number of its own below zero, which no other run shares."""
-        return self.condition.seed if self.condition.seed is not None else -self.number
-
-    @property
-    def ended_badly(self) -> bool:
-        """Whether it diverged or failed."""
-        return self.run.status in ENDED_BADLY
-
-    @property
-    def final_loss(self) -> float:
-        """Its last validation loss; NaN if it diverged or failed, whatever it was before."""
-        return math.nan if self.ended_badly else self.run.last("val/loss")
-
-
-@dataclass(frozen=True)
-class Group:
-    """All seeds of one condition.
-
-    Attributes:
-      recipe, optimizer, layers: of the condition.
-      variant: what else sets it off from a group with the same three; "" if nothing.
-      entries: a run a seed.
-    """
-
-    recipe: str
-    optimizer: str
-    layers: str
-    variant: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def curve(self) -> str:
-        """The condition without its optimizer."""
-        parts = (self.recipe, "" if self.layers == ALL else f"in {self.layers}", self.variant)
-        return ", ".join(part for part in parts if part)
-
-    @property
-    def name(self) -> str:
-        """The condition in words."""
-        return f"{self.curve}, {self.optimizer}"
-
-    @property
-    def text(self) -> str:
-        """The recipe behind the name."""
-        return self.entries[0].condition.text
-
-    @cached_property
-    def final_losses(self) -> dict[int, float]:
-        """Seed -> last validation loss, of the runs that have one."""
-        found = {entry.seed: entry.final_loss for entry in self.entries}
-        return {seed: loss for seed, loss in found.items() if math.isfinite(loss)}
-
-    @property
-    def lost(self) -> int:
-        """How many of its runs have no finite last loss."""
-        return len(self.entries) - len(self.final_losses)
-
-    @property
-    def status(self) -> str:
-        """ "finished" if all did, else how many ended how."""
-        counts = Counter(entry.run.status for entry in self.entries)
-        return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {s}" for s, n in sorted(counts.items()))
-
-    def seed_mean(self, values: Iterable[float]) -> float:
-        """Mean of the values that are numbers; NaN without one."""
-        good = [value for value in values if math.isfinite(value)]
-        return sum(good) / len(good) if good else math.nan
+LOST = "lost"
 
 
 @dataclass(frozen=True)
@@ -126,14 +30,33 @@ class Comparison:
     Attributes:
       group: the one.
       against: the other.
-      difference: loss of `group` less loss of `against`, paired over seeds.
-      p_holm: p, corrected for all comparisons of the same family.
+      tested: loss of `group` less loss of `against`, paired over seeds, with its tests.
     """
 
     group: Group
     against: Group
-    difference: Paired
-    p_holm: float = math.nan
+    tested: Tested
+
+    @property
+    def difference(self) -> Paired:
+        """The mean difference and its interval."""
+        return self.tested.found
+
+    @property
+    def p_holm(self) -> float:
+        """p of the difference, corrected for the family."""
+        return self.tested.p
+
+    @property
+    def words(self) -> str:
+        """What the tests say; a group that lost runs was not tested: those that are left are the lucky ones."""
+        lost, n = self.group.lost, len(self.group.entries)
+        return f"{lost} of {n} lost" if lost else self.tested.words
+
+    @property
+    def verdict(self) -> str:
+        """The same as one word; LOST of a group that lost runs."""
+        return LOST if self.group.lost else self.tested.verdict
 
 
 @dataclass(frozen=True)
@@ -144,19 +67,25 @@ class Study:
       entries: every run given, in order.
       groups: those compared.
       baseline: what the others are compared with; None if there is no run to compare.
-      apart: runs that are not compared, with the reasons.
+      apart: runs that cannot be compared, with the reasons.
+      again: runs that could be, of a condition and seed that another run stands for, likewise.
       classified: runs of the classification task.
       matrices: sweeps that runs belong to.
       searches: runs of their searches for a learning rate.
+      merged: sentences about conditions with several names, of which one is shown.
+      margin: nats per token within which two conditions are as good as equal.
     """
 
     entries: tuple[Entry, ...]
     groups: tuple[Group, ...]
     baseline: Group | None
     apart: tuple[tuple[Entry, tuple[str, ...]], ...]
+    again: tuple[tuple[Entry, tuple[str, ...]], ...]
     classified: tuple[Entry, ...]
     matrices: tuple[Matrix, ...]
     searches: tuple[Entry, ...]
+    merged: tuple[str, ...] = ()
+    margin: float = MARGIN
 
     @property
     def compared(self) -> list[Entry]:
@@ -170,20 +99,31 @@ class Study:
 
     @cached_property
     def gaps(self) -> list[Comparison]:
-        """Every group but the baseline against it."""
-        others = [group for group in self.groups if group is not self.baseline]
-        return _corrected([compare(group, self.baseline) for group in others]) if self.baseline else []
+        """Every group but the baseline against it; those with one optimizer are a family of tests."""
+        if self.baseline is None:
+            return []
+        families: dict[str, list[tuple[Group, Group]]] = {}
+        for group in self.groups:
+            if group is not self.baseline:
+                families.setdefault(group.optimizer, []).append((group, self.baseline))
+        found = {id(c.group): c for pairs in families.values() for c in compare(pairs, self.margin)}
+        return [found[id(group)] for group in self.groups if id(group) in found]
 
     def gap(self, group: Group) -> Paired:
         """The difference of a group to the baseline; nothing of the baseline to itself."""
-        return next((c.difference for c in self.gaps if c.group is group), NOTHING)
+        found = self.comparison(group)
+        return found.difference if found else NOTHING
+
+    def comparison(self, group: Group) -> Comparison | None:
+        """Of a group with the baseline; None of the baseline."""
+        return next((c for c in self.gaps if c.group is group), None)
 
     @cached_property
     def gains(self) -> list[Comparison]:
-        """Every group with another optimizer than AdamW against AdamW with the same recipe, layers and variant."""
+        """Every group with another optimizer than AdamW against AdamW in the same curve; all are one family."""
         plain = {group.curve: group for group in self.groups if group.optimizer == ADAMW}
         pairs = [(g, plain[g.curve]) for g in self.groups if g.optimizer != ADAMW and g.curve in plain]
-        return _corrected([compare(group, adamw) for group, adamw in pairs])
+        return compare(pairs, self.margin)
 
     @cached_property
     def missing(self) -> list[str]:
@@ -197,23 +137,20 @@ class Study:
         ]
 
 
-def shortened(names: Sequence[str], most: int = 20) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
+def compare(pairs: Sequence[tuple[Group, Group]], margin: float = MARGIN) -> list[Comparison]:
+    """The differences of groups' last losses, tested as one family."""
+    tested = decide([shared_differences(one.final_losses, other.final_losses) for one, other in pairs], margin)
+    return [Comparison(*pair, found) for pair, found in zip(pairs, tested, strict=True)]
 
 
-def compare(group: Group, against: Group) -> Comparison:
-    """The difference of two groups' last losses."""
-    return Comparison(group, against, paired(group.final_losses, against.final_losses))
-
-
-def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    adjusted = holm([c.difference.p for c in comparisons])
-    return [replace(c, p_holm=p) for c, p in zip(comparisons, adjusted, strict=True)]
-
-
-def make_study(runs: Sequence[Run], folders: Sequence[Path], page: Path, baseline: str | None = None) -> Study:
+def make_study(
+    runs: Sequence[Run],
+    folders: Sequence[Path],
+    page: Path,
+    baseline: str | None = None,
+    margin: float = MARGIN,
+    first: bool = False,
+) -> Study:
     """Puts runs in order.
 
     Args:
@@ -221,6 +158,8 @@ def make_study(runs: Sequence[Run], folders: Sequence[Path], page: Path, baselin
       folders: where it looked: matrices and their searches are found there.
       page: the report's file, which run folders are named relative to.
       baseline: the name, curve or recipe of the group, or the name of a run in it, that others are compared with.
+      margin: nats per token within which two conditions are as good as equal.
+      first: the first run's group is what others are compared with, whatever the others are; of one task, any.
 
     Raises:
       UsageError: no group or run is called `baseline`.
@@ -233,17 +172,21 @@ def make_study(runs: Sequence[Run], folders: Sequence[Path], page: Path, baselin
         for path in sorted(p for p in (matrix.path / "search").glob("*") if (p / "manifest.json").exists())
     ]
     entries = [
-        Entry(number, run, condition_of(run), os.path.relpath(run.path.resolve(), root))
+        Entry(number, run, condition_of(run), visible(os.path.relpath(run.path.resolve(), root)))
         for number, run in enumerate([*runs, *searched], 1)
     ]
     entries, searches = entries[: len(runs)], entries[len(runs) :]
-    classified = tuple(entry for entry in entries if is_classification(entry.run))
+    classified = () if first else tuple(entry for entry in entries if is_classification(entry.run))
     models = [entry for entry in entries if entry not in classified]
-    together, apart = _set_apart(models)
-    groups, doubled = _grouped(together)
-    chosen = _baseline(groups, baseline)
+    together, apart = _set_apart(models, models[0] if first and models else None)
+    groups, doubled, renamed = grouped(together)
+    groups, twins, coincided = merged(groups)
+    chosen = groups[0] if first and groups else _baseline(groups, baseline)
     groups.sort(key=lambda group: group is not chosen)  # the baseline first, the others as they come
-    return Study(tuple(entries), tuple(groups), chosen, tuple(apart + doubled), classified, matrices, tuple(searches))
+    return Study(
+        tuple(entries), tuple(groups), chosen, tuple(apart), tuple(doubled + twins), classified, matrices,
+        tuple(searches), (*renamed, *coincided), margin,
+    )  # fmt: skip
 
 
 def is_classification(run: Run) -> bool:
@@ -252,8 +195,11 @@ def is_classification(run: Run) -> bool:
     return isinstance(config, dict) and config.get("task") == "classify"
 
 
-def _set_apart(entries: Sequence[Entry]) -> tuple[list[Entry], list[tuple[Entry, tuple[str, ...]]]]:
-    """(the runs that can be compared, the others with their reasons)."""
+def _set_apart(entries: Sequence[Entry], reference: Entry | None) -> tuple[list[Entry], Apart]:
+    """(the runs that can be compared, the others with their reasons).
+
+    Compared with `reference`; if None, with the longest of the experiment with most runs.
+    """
     if not entries:
         return [], []
 
@@ -266,7 +212,7 @@ def _set_apart(entries: Sequence[Entry]) -> tuple[list[Entry], list[tuple[Entry,
     alike = [entry for entry in known if counts[experiment(entry)] == largest]
     alike = [entry for entry in alike if experiment(entry) == experiment(alike[0])]
     ended = [entry for entry in alike if not entry.ended_badly] or alike
-    reference = max(ended, key=lambda entry: entry.run.step)
+    reference = reference or max(ended, key=lambda entry: entry.run.step)
     together, apart = [], []
     for entry in entries:
         reasons = [] if entry is reference else _reasons(entry, reference)
@@ -286,47 +232,13 @@ def _reasons(entry: Entry, reference: Entry) -> list[str]:
     return [text for text in found if not (entry.ended_badly and text.startswith("steps:"))]
 
 
-def _grouped(entries: Sequence[Entry]) -> tuple[list[Group], list[tuple[Entry, tuple[str, ...]]]]:
-    """Groups in the order of their first runs; a second run of the same condition and seed is set apart."""
-    buckets: dict[tuple[str, str, str], list[Entry]] = {}
-    for entry in entries:
-        c = entry.condition
-        buckets.setdefault((c.recipe, c.optimizer, c.layers), []).append(entry)
-    groups: list[Group] = []
-    doubled: list[tuple[Entry, tuple[str, ...]]] = []
-    for (recipe, optimizer, layers), found in buckets.items():
-        for variant, alike in _variants(found).items():
-            first: dict[int, Entry] = {}
-            for entry in alike:
-                if (same := first.setdefault(entry.seed, entry)) is not entry:
-                    doubled.append((entry, (f"the condition and seed of run {same.number}, which is used",)))
-            groups.append(Group(recipe, optimizer, layers, variant, tuple(first[seed] for seed in sorted(first))))
-    return groups, doubled
-
-
-def _variants(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """The runs of a condition by what else differs between them: "learning_rate 0.003"."""
-
-    def value(entry: Entry, key: str) -> str:
-        return json.dumps(entry.run.identity.get(key), default=str)
-
-    keys = sorted({key for entry in entries for key in entry.run.identity})
-    keys = [key for key in keys if key not in NO_CONDITION and not key.startswith("precision.layers.")]
-    differing = [key for key in keys if len({value(entry, key) for entry in entries if entry.run.identity}) > 1]
-    found: dict[str, list[Entry]] = {}
-    for entry in entries:
-        shown = [f"{key.rpartition('.')[2]} {entry.run.identity.get(key, 'unknown')}" for key in differing]
-        found.setdefault(printable(", ".join(shown)), []).append(entry)
-    return found
-
-
 def _baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     if not groups:
         return None
     if name is None:
         plain = [group for group in groups if group.recipe == PLAIN]
         return next((group for group in plain if group.optimizer == ADAMW), (plain or list(groups))[0])
-    by_group = [group for group in groups if name in (group.name, group.curve, group.recipe)]
+    by_group = [group for group in groups if name in (group.name, group.curve, group.recipe, *group.also)]
     by_run = [group for group in groups if any(name == entry.run.name for entry in group.entries)]
     found = [group for group in by_group if group.optimizer == ADAMW] or by_group or by_run
     if not found:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ class _Place:
     workdir: Workdir
     watch: DivergenceWatch
     identity: dict[str, Any]
+    failures: attribution.Watch
     sink: MetricsFile | None = None
     status: str = RUNNING
-    answered: list[Record] = field(default_factory=list)
 
 
 def train_together(members: Sequence[Member], folder: Path, tell: Tell) -> str:
@@ -86,7 +86,9 @@ def train_together(members: Sequence[Member], folder: Path, tell: Tell) -> str:
             cleanup.callback(workdir.close)
             identity = provenance.identity(member.config, cache) | exp.policy.identity()
             watch = DivergenceWatch(member.config.stability.nan_patience)
-            places.append(_Place(member, exp, workdir, watch, identity, status=ended(member.folder) or RUNNING))
+            failures = attribution.Watch(attribution.training_of(member.config.optimizer))
+            status = ended(member.folder) or RUNNING
+            places.append(_Place(member, exp, workdir, watch, identity, failures, status=status))
         lanes = Lanes(experiments)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(folder / "checkpoints", max_to_keep=1)
@@ -148,7 +150,8 @@ class _Group:
             write_manifest(place.workdir, place.exp, place.identity, *begins)
             place.sink = MetricsFile(place.workdir.metrics, self.step)
             cleanup.callback(place.sink.close, "")
-            place.answered = [record for record in read_metrics(place.workdir.metrics) if is_answered(record)]
+            earlier = filter(is_answered, read_metrics(place.workdir.metrics))
+            place.failures = attribution.Watch(attribution.training_of(place.exp.config.optimizer), earlier)
         tokens = self._first.config.train.batch_size * self._first.model.block_size
         self._meter = Meter(tokens * len(self._places), self.step)
 
@@ -251,9 +254,7 @@ class _Group:
 
     def _warn(self, place: _Place, record: Record) -> None:
         """Notes which thresholds of failure this record is the first to cross."""
-        before = len(attribution.first_failures(place.answered))
-        place.answered.append(record)
-        if (new := attribution.first_failures(place.answered)[before:]) and place.sink is not None:
+        if (new := place.failures.add(record)) and place.sink is not None:
             place.sink.log(event(record["step"], "warning", attribution.describe(new)))
 
     def _save(self) -> None:

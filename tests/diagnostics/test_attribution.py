@@ -5,13 +5,25 @@ import math
 
 import pytest
 
-from altgrad_jax.diagnostics.attribution import THRESHOLDS, Failure, as_json, first_failures, table
+from altgrad_jax.diagnostics.attribution import (
+    THRESHOLDS,
+    Failure,
+    Training,
+    Watch,
+    as_json,
+    first_failures,
+    table,
+    training_of,
+)
 
 NAN, INF = math.nan, math.inf
 
 
-def cases(records, **thresholds) -> list[tuple]:
-    return [(f.step, f.layer, f.role, f.kind) for f in first_failures(records, thresholds)]
+ON_GRID = Training(on_grid=True)
+
+
+def cases(records, training=ON_GRID, **thresholds) -> list[tuple]:
+    return [(f.step, f.layer, f.role, f.kind) for f in first_failures(records, training, thresholds)]
 
 
 @pytest.mark.parametrize(
@@ -19,7 +31,12 @@ def cases(records, **thresholds) -> list[tuple]:
     [
         ("quant/lm_head/weight/nan", 0.0, 1e-9, ("lm_head", "weight", "nan")),
         ("quant/blocks.0.mlp.up/activation/overflow", 0.01, 0.011, ("blocks.0.mlp.up", "activation", "overflow")),
-        ("quant/blocks.11.attn.qkv/gradient/underflow", 0.25, 0.26, ("blocks.11.attn.qkv", "gradient", "underflow")),
+        (
+            "quant/blocks.11.attn.qkv/gradient/magnitude_lost",
+            0.1,
+            0.11,
+            ("blocks.11.attn.qkv", "gradient", "underflow"),
+        ),
         ("grads/blocks.0.norm_1.scale/cosine", 0.9, 0.89, ("blocks.0.norm_1.scale", "gradient", "gradient")),
         ("weights/wte/stall", 0.95, 0.96, ("wte", "update", "stall")),
         ("weights/wte/relative_update", 0.3, INF, ("wte", "update", "blow-up")),
@@ -35,7 +52,7 @@ def test_each_metric_alone(key, good, bad, expected):
     assert cases([{"step": 1, key: good}, {"step": 2, key: bad}, {"step": 3, key: bad}]) == [(2, *expected)]
     kind = expected[2]
     if not key.startswith("spectra/"):
-        [failure] = first_failures([{"step": 2, key: bad}])
+        [failure] = first_failures([{"step": 2, key: bad}], ON_GRID)
         assert failure.threshold == THRESHOLDS[kind]
         assert failure.value == bad or (math.isnan(failure.value) and math.isnan(bad))
 
@@ -48,7 +65,9 @@ def test_values_that_are_no_failures():
                 "quant/weight/nan": 1.0,  # of all layers together
                 "quant/lm_head/weight/amax": 1e9,
                 "quant/lm_head/weight/codes": "ff00",
-                "quant/lm_head/weight/underflow": NAN,
+                "quant/lm_head/weight/magnitude_lost": NAN,
+                "quant/lm_head/gradient/underflow": 0.997,  # most elements, and next to nothing of the tensor
+                "quant/lm_head/gradient/magnitude_lost": 0.001,
                 "weights/lm_head/stall": NAN,  # nothing was updated
                 "weights/stall": 1.0,
                 "weights/blocks.0.attn.qkv.bias/relative_update": INF,  # the first step of a bias
@@ -132,21 +151,21 @@ def test_the_first_row_names_the_origin_of_a_nan_backward_and_of_weights():
 
 
 def test_thresholds_can_be_set_one_by_one():
-    record = {"step": 1, "quant/lm_head/weight/overflow": 0.02, "quant/lm_head/weight/underflow": 0.3}
+    record = {"step": 1, "quant/lm_head/weight/overflow": 0.02, "quant/lm_head/weight/magnitude_lost": 0.3}
     assert cases([record], overflow=0.05) == [(1, "lm_head", "weight", "underflow")]
 
 
 def test_table_and_json():
     failures = first_failures(
         [
-            {"step": 5, "quant/blocks.0.mlp.down/gradient/underflow": 0.31},
+            {"step": 5, "quant/blocks.0.mlp.down/gradient/magnitude_lost": 0.31},
             {"step": 120, "grads/lm_head/cosine": 0.5, "spectra/wte/effective_rank": 4.0, "train/loss": NAN},
             {"step": 121, "spectra/wte/effective_rank": 3.0},
         ]
     )
     assert table(failures) == [
         "step  layer              role      kind       value  threshold",
-        "   5  blocks.0.mlp.down  gradient  underflow   0.31  > 0.25",
+        "   5  blocks.0.mlp.down  gradient  underflow   0.31  > 0.1",
         " 120  -                  -         loss         nan  not finite",
         " 120  lm_head            gradient  gradient     0.5  < 0.9",
         " 121  wte                weight    rank        0.25  >= 0.15",
@@ -159,7 +178,41 @@ def test_table_and_json():
         "kind": "underflow",
         "step": 5,
         "value": 0.31,
-        "threshold": 0.25,
+        "threshold": 0.1,
     }
     assert (loss["value"], loss["threshold"]) == ("NaN", "Infinity")
     assert first_failures([]) == [] == as_json([])
+
+
+def test_a_stall_is_a_failure_where_an_update_is_lost():
+    """Not in warm-up, whose steps are short on purpose, and not of a float32 weight, which keeps them."""
+    records = [{"step": step, "weights/wte/stall": 0.99} for step in (1, 19, 20, 40)]
+    assert cases(records, Training(20, on_grid=True)) == [(20, "wte", "update", "stall")]
+    assert cases(records, Training(20)) == []
+    assert training_of({"name": "adamw_sr", "warmup_steps": 7}) == Training(7, True)
+    assert training_of({"name": "manifold_adamw", "warmup_steps": "?"}) == training_of({}) == Training()
+
+
+def test_record_by_record_is_all_at_once():
+    """And a session that goes on from earlier ones says nothing twice."""
+    names = ("quant/lm_head/gradient/magnitude_lost", "spectra/wte/effective_rank", "grads/wte/cosine", "val/loss")
+    records = [{"step": s, **{name: 5.0 / (s + 1) * (-1) ** s for name in names}} for s in range(20)]
+    records += [{"step": 20, "val/loss": NAN}]
+    watch = Watch(ON_GRID)
+    found = [failure for record in records for failure in watch.add(record)]
+    assert found == first_failures(records, ON_GRID) and len(found) == 4
+    again = Watch(ON_GRID, records[:7])
+    assert [f for record in records[7:] for f in again.add(record)] == [f for f in found if f.step >= 7]
+
+
+def test_the_cost_of_an_answer_does_not_grow(monkeypatch):
+    """Crossings are looked for once a record, however many came before."""
+    from altgrad_jax.diagnostics import attribution
+
+    looked = []
+    real = attribution._crossings
+    monkeypatch.setattr(attribution, "_crossings", lambda record, *rest: looked.append(record) or real(record, *rest))
+    watch = Watch(ON_GRID)
+    for step in range(300):
+        watch.add({"step": step, "grads/wte/cosine": 0.5})
+    assert len(looked) == 300

@@ -154,6 +154,18 @@ def test_underflow_is_seen_even_where_the_product_with_the_scale_is_no_normal_nu
     assert shares(seen(x, "e5m2 scaling=current")) == {"nonzero": 3 / 4, "underflow": 2 / 4, "overflow": 0, "nan": 0}
 
 
+def test_what_underflow_takes_away():
+    """Three quarters of a tensor may be nothing of it, or half: the gradient of a softmax, one -1 and many 1/V."""
+    x = np.array([[4.0, 1e-4, 1e-4, -1e-4]], np.float32)
+    tail = np.full((1, 512), 1 / 511, np.float32)
+    tail[0, 7] = -1
+    for tensor, lost in ((x, 3e-4 / 4.0003), (tail, 0.5)):
+        found = seen(tensor, "e0m7 scaling=current")
+        of_x, gone = np.asarray(found.magnitudes)
+        assert shares(found)["underflow"] > 0.7 and gone / of_x == pytest.approx(lost, rel=1e-5)
+    assert np.asarray(seen(tail, "e5m2 scaling=current").magnitudes)[1] == 0
+
+
 def test_nothing_is_counted_unless_asked_for():
     role = parse_recipe("e5m2").activation
     stats = quantise(jnp.ones((2, 2)), role, initial_state(role), 1)[1]

@@ -145,6 +145,7 @@ def _records(
                     for role in ("activation", "weight", "gradient"):
                         of_role = lost if role == "gradient" else 0.0
                         record |= {f"quant/{layer}/{role}/underflow": of_role, f"quant/{layer}/{role}/overflow": 0.0}
+                        record[f"quant/{layer}/{role}/magnitude_lost"] = of_role / 2
             if quantised:
                 record |= {"quant/gradient/underflow": underflow * step / steps, "quant/gradient/overflow": 0.0}
         records.append(record)

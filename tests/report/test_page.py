@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -68,7 +69,11 @@ def report(folder: Path, page: Path) -> tuple[Page, str]:
 def csv_cells(page: Path) -> dict[tuple[str, str, str], tuple[str, str, str, str]]:
     with page.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    found = {(r["table"], r["row"], r["column"]): (r["value"], r["low"], r["high"], r["text"]) for r in rows}
+    for row in rows:
+        for of in row.values():
+            assert not of.startswith(("=", "+", "@", "\t", "\r")) and (not of.startswith("-") or float(of) < 0)
+    plain = [{key: re.sub(r"^'(?=\s*[=+@\-])", "", of) for key, of in row.items()} for row in rows]
+    found = {(r["table"], r["row"], r["column"]): (r["value"], r["low"], r["high"], r["text"]) for r in plain}
     assert len(found) == len(rows), "every cell has a place of its own"
     return found
 
@@ -164,7 +169,7 @@ def broken(folder: Path) -> None:
 def test_it_builds_from_broken_runs_and_says_what_is_missing(tmp_path):
     broken(tmp_path / "m")
     _, text = report(tmp_path / "m", tmp_path / "report.html")
-    for said in ("no manifest.json", "no summary.json", "cannot be read", "out of memory", "loss is NaN", "Set apart"):
+    for said in ("no manifest.json", "no summary.json", "is damaged", "out of memory", "loss is NaN", "Set apart"):
         assert said in text
 
 
@@ -222,7 +227,7 @@ def test_the_command(tmp_path):
     assert_one_line(nowhere, 1, ["there is no folder", "none"])
     assert_one_line(baseline, 2, ["e9m9", "bf16, adamw"])
     assert_one_line(lonely, 2, ["--baseline goes with --out"])
-    assert terminal.code == 0 and "within 10 %" in terminal.out
+    assert terminal.code == 0 and "no test can tell" in terminal.out
 
 
 def test_without_altair_the_error_names_the_packages(tmp_path, monkeypatch):
