@@ -96,24 +96,31 @@ class LabelEvaluation:
         return combine(rows[: len(split.examples)], split.examples.document, split.examples.documents)
 
     def validate(self, state: TrainState) -> Record:
-        """`val/loss`, the mean binary cross entropy, every measure of `multilabel`, and `val/threshold`."""
+        """`val/loss`, the mean binary cross entropy, every measure of `multilabel`, and the threshold.
+
+        That is chosen among the logits: `val/threshold_logit`; `val/threshold` is its probability.
+        """
         logits = self.logits(state, self.validation)
         if not np.isfinite(logits).all():
             return {"val/loss": math.nan}
-        threshold = best_threshold(self.validation.targets, sigmoid(logits))
-        found = measures(self.validation.targets, logits, threshold)
-        return {f"val/{name}": value for name, value in found.items()} | {"val/threshold": threshold}
+        threshold = best_threshold(self.validation.targets, logits)
+        return _record("val", measures(self.validation.targets, logits, threshold), threshold)
 
     def conclude(self, state: TrainState, validated: Record) -> Record:
         """The same of the test split, as `test/<measure>`, at the threshold of the validation split."""
-        threshold = validated.get("val/threshold")
+        threshold = validated.get("val/threshold_logit")
         if self.test is None or threshold is None:
             return {}
         logits = self.logits(state, self.test)
         if not np.isfinite(logits).all():
             return {"test/loss": math.nan}
-        found = measures(self.test.targets, logits, threshold)
-        return {f"test/{name}": value for name, value in found.items()} | {"test/threshold": threshold}
+        return _record("test", measures(self.test.targets, logits, threshold), threshold)
+
+
+def _record(split: str, found: Record, threshold: float) -> Record:
+    """What is logged of a split."""
+    found = found | {"threshold": float(sigmoid(np.array(threshold))), "threshold_logit": threshold}
+    return {f"{split}/{name}": value for name, value in found.items()}
 
 
 def label_evaluation(

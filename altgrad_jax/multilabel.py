@@ -1,18 +1,20 @@
-"""What a multi-label classifier is worth: precision, recall, F1, exact matches, areas under curves. NumPy alone.
+"""What a multi-label classifier is worth: precision, recall, F1, exact matches, areas, rankings. NumPy alone.
 
 With TP, FP, FN the counts of a label's true positives, false positives and false negatives over all documents:
 
     precision = TP / (TP + FP)        recall = TP / (TP + FN)        F1 = 2 TP / (2 TP + FP + FN)
 
 `micro` sums the counts over labels first; `macro` is the mean of the labels' own values, labels without any document
-in the split included. What is 0 / 0 counts as 0. These are scikit-learn's definitions with zero_division=0.
+in the split included; `weighted` is that mean, each label weighted by its documents; `samples` is the mean of the
+documents' own values. What is 0 / 0 counts as 0. These are scikit-learn's definitions with zero_division=0.
+
+Scores are logits throughout: labels are ranked, and chosen at a threshold, before a sigmoid makes large ones equal.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-Targets = npt.NDArray[np.bool_]  # [documents, labels]
-Scores = npt.NDArray[np.float64]  # the same shape
+from altgrad_jax.ranking import Scores, Targets, of_documents, of_labels, ratio
 
 
 def sigmoid(logits: npt.NDArray) -> Scores:
@@ -29,12 +31,10 @@ def binary_cross_entropy(targets: Targets, logits: npt.NDArray, positive_weight:
     return float(np.mean(np.where(targets, positive_weight * (softplus - z), softplus)))
 
 
-def _ratio(above: npt.NDArray, below: npt.NDArray) -> npt.NDArray:
-    return np.divide(above, below, out=np.zeros(np.shape(above), np.float64), where=np.asarray(below) != 0)
-
-
 def decisions(targets: Targets, chosen: npt.NDArray[np.bool_]) -> dict[str, float]:
-    """What follows from the labels chosen for each document: `micro_*`, `macro_*`, `subset_accuracy`, `hamming_loss`.
+    """What follows from the labels chosen for each document.
+
+    `micro_*` and `macro_*` (precision, recall, f1), `weighted_f1`, `samples_f1`, `subset_accuracy`, `hamming_loss`.
 
     Subset accuracy is the share of documents all of whose labels are right; the Hamming loss the share of wrong
     decisions among all, documents times labels.
@@ -43,8 +43,11 @@ def decisions(targets: Targets, chosen: npt.NDArray[np.bool_]) -> dict[str, floa
     claimed, real = chosen.sum(0).astype(np.float64), targets.sum(0).astype(np.float64)
     found = {}
     for name, (tp, p, r) in {"micro": (hit.sum(), claimed.sum(), real.sum()), "macro": (hit, claimed, real)}.items():
-        for measure, value in (("precision", _ratio(tp, p)), ("recall", _ratio(tp, r)), ("f1", _ratio(2 * tp, p + r))):
+        for measure, value in (("precision", ratio(tp, p)), ("recall", ratio(tp, r)), ("f1", ratio(2 * tp, p + r))):
             found[f"{name}_{measure}"] = float(np.mean(value))
+    f1 = ratio(2 * hit, claimed + real)
+    found["weighted_f1"] = float(ratio(np.sum(f1 * real), real.sum()))
+    found["samples_f1"] = float(np.mean(ratio(2 * (targets & chosen).sum(1), chosen.sum(1) + targets.sum(1))))
     wrong = targets != chosen
     return found | {"subset_accuracy": float(1 - wrong.any(1).mean()), "hamming_loss": float(wrong.mean())}
 
@@ -97,10 +100,11 @@ def best_threshold(targets: Targets, scores: Scores) -> float:
 
 
 def measures(targets: Targets, logits: npt.NDArray, threshold: float) -> dict[str, float]:
-    """All of the above: `loss` (unweighted), `decisions` at the threshold, `micro_roc_auc`, `micro_pr_auc`."""
-    scores = sigmoid(logits)
-    found = {"loss": binary_cross_entropy(targets, logits)} | decisions(targets, scores >= threshold)
-    return found | {"micro_roc_auc": roc_auc(targets, scores), "micro_pr_auc": average_precision(targets, scores)}
+    """All of the above, and the rankings: `loss` (unweighted), `decisions` where the logit is at least `threshold`."""
+    z = np.asarray(logits, np.float64)
+    found = {"loss": binary_cross_entropy(targets, z)} | decisions(targets, z >= threshold)
+    found |= {"micro_roc_auc": roc_auc(targets, z), "micro_pr_auc": average_precision(targets, z)}
+    return found | of_labels(targets, z) | of_documents(targets, z)
 
 
 def combine(logits: npt.NDArray, document: npt.NDArray, documents: int) -> npt.NDArray[np.float64]:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from altgrad_jax.config import check_keys, load_config, validate
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.data.corpus import open_corpus
-from altgrad_jax.multilabel import best_threshold, measures, sigmoid
+from altgrad_jax.multilabel import best_threshold, measures
 from altgrad_jax.task import Classification, make_task
 
 C_TRIED = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -86,8 +86,8 @@ def documents(cache: TokenCache, split: str, tokens: int | None) -> list[str]:
 
 
 def judged(targets: dict[str, npt.NDArray], logits: dict[str, npt.NDArray], margins: bool = False) -> dict[str, Any]:
-    """Measures of both splits at the validation split's threshold; margins are no log odds, and have no loss."""
-    threshold = best_threshold(targets["validation"], sigmoid(logits["validation"]))
+    """Measures of both splits at the validation split's threshold, a logit or margin; margins have no loss."""
+    threshold = best_threshold(targets["validation"], logits["validation"])
     found = {split: measures(targets[split], logits[split], threshold) for split in ("validation", "test")}
     if margins:
         for of_split in found.values():

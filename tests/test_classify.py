@@ -187,6 +187,8 @@ def test_it_learns_a_planted_rule(classify, tmp_path, capsys):
     assert final["test/micro_f1"] > 0.95 and final["test/subset_accuracy"] > 0.9
     assert final["test/hamming_loss"] < 0.03 and final["test/micro_roc_auc"] > 0.98 < final["test/micro_pr_auc"] + 0.02
     assert final["test/threshold"] == final["val/threshold"] and 0 < final["val/threshold"] < 1
+    assert final["val/threshold"] == pytest.approx(1 / (1 + np.exp(-final["val/threshold_logit"])))
+    assert final["test/lrap"] > 0.95 and final["test/ranking_loss"] < 0.05 and final["test/macro_roc_auc"] > 0.95
     out = " ".join(capsys.readouterr().out.split())
     assert "labels 3 of the corpus's 5, " in out
     assert "documents train 400 (" in out and "validation 50 (" in out and "examples 400 for training" in out

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
+from altgrad_jax import ranking
 from altgrad_jax.multilabel import (
     average_precision,
     best_threshold,
@@ -18,6 +19,7 @@ from altgrad_jax.multilabel import (
     roc_auc,
     sigmoid,
 )
+from altgrad_jax.ranking import of_documents, of_labels
 
 
 @st.composite
@@ -46,6 +48,9 @@ def test_decisions_are_those_of_scikit_learn(case, threshold):
         expected = metrics.precision_recall_fscore_support(*of, average=average, zero_division=0, **labels)[:3]
         got = [found[f"{average}_{name}"] for name in ("precision", "recall", "f1")]
         np.testing.assert_allclose(got, expected, rtol=1e-12)
+    for average in ("weighted", "samples") if targets.shape[1] > 1 else ("weighted",):
+        expected = metrics.f1_score(*of, average=average, zero_division=0, **labels)
+        assert found[f"{average}_f1"] == pytest.approx(expected, rel=1e-12)
     assert found["subset_accuracy"] == pytest.approx(metrics.accuracy_score(*of), rel=1e-12)
     assert found["hamming_loss"] == pytest.approx(metrics.hamming_loss(*of), rel=1e-12)
 
@@ -65,6 +70,54 @@ def test_areas_are_those_of_scikit_learn(case):
             assert roc_auc(targets, scores) == pytest.approx(
                 metrics.roc_auc_score(targets.ravel(), scores.ravel()), rel=1e-12
             )
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_rankings_are_those_of_scikit_learn(case):
+    targets, scores = case
+    several = targets.shape[1] > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class that is missing
+        found = of_labels(targets, scores)
+        each = [metrics.average_precision_score(y, z) for y, z in zip(targets.T, scores.T, strict=True)]
+        assert found["macro_pr_auc"] == pytest.approx(np.mean(each), rel=1e-12)
+        if several:
+            assert found["macro_pr_auc"] == pytest.approx(metrics.average_precision_score(targets, scores), rel=1e-12)
+        both = targets.any(0) & ~targets.all(0)
+        areas = [metrics.roc_auc_score(y, z) for y, z in zip(targets.T[both], scores.T[both], strict=True)]
+        assert found["macro_roc_auc"] == pytest.approx(np.mean(areas) if areas else np.nan, rel=1e-12, nan_ok=True)
+    found = of_documents(targets, scores)
+    if several:
+        for name, score in (
+            ("lrap", metrics.label_ranking_average_precision_score),
+            ("coverage_error", metrics.coverage_error),
+            ("ranking_loss", metrics.label_ranking_loss),
+        ):
+            assert found[name] == pytest.approx(score(targets, scores), rel=1e-12), name
+
+
+def test_large_splits_are_ranked_in_parts(monkeypatch):
+    rng = np.random.default_rng(0)
+    targets, scores = rng.random((50, 7)) < 0.2, rng.integers(0, 9, (50, 7)) / 3
+    whole = of_documents(targets, scores) | of_labels(targets, scores)
+    monkeypatch.setattr(ranking, "CHUNK", 30)
+    assert of_documents(targets, scores) | of_labels(targets, scores) == pytest.approx(whole, rel=1e-12)
+
+
+def test_logits_are_ranked_where_their_sigmoids_are_equal():
+    # sigmoid makes 1 of all of these, or less than 1e-17.
+    logits = np.array([[90.0, 37.5, -80.0], [60.0, 45.0, -90.0], [38.0, 80.0, -100.0]])
+    targets = np.array([[True, False, True], [True, False, False], [False, True, False]])
+    threshold = best_threshold(targets, logits)
+    assert 45 < threshold < 60
+    found = measures(targets, logits, threshold)
+    assert found["macro_roc_auc"] == found["macro_pr_auc"] == 1
+    assert found["micro_precision"] == 1 and found["micro_recall"] == 0.75
+    assert found["micro_roc_auc"] == pytest.approx(metrics.roc_auc_score(targets.ravel(), logits.ravel()))
+    assert found["lrap"] == pytest.approx((1 + 2 / 3) / 2 / 3 + 2 / 3)
+    separable = np.array([[50.0, 40.0], [60.0, 45.0]]), np.array([[True, False], [True, False]])
+    assert measures(separable[1], separable[0], 47.0)["micro_roc_auc"] == 1
 
 
 @settings(max_examples=150, deadline=None)
@@ -98,7 +151,7 @@ def test_extreme_logits_overflow_nothing():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(sigmoid(logits), [[1, 0, 0, 1]])
         assert binary_cross_entropy(targets, logits) == 5e3
-        found = measures(targets, logits, 0.5)
+        found = measures(targets, logits, 0.0)
     assert found["micro_f1"] == 0.5 and found["loss"] == 5e3
 
 

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "allocator", "interrupt", "meter", "multilabel", "scripts"),
-    ("precision", "recomputation", "files"),
+    ("__init__", "errors", "allocator", "interrupt", "meter", "ranking", "scripts"),
+    ("precision", "recomputation", "files", "multilabel"),
     ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
     ("layers",),
     ("weights", "flops", "objectives"),
