@@ -19,6 +19,7 @@ from altgrad_jax.errors import UserError
 
 Record = dict[str, Any]
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+CODES = "/codes"  # what quantised layers' bitmaps of codes end with, the one text among measurements
 
 
 class Sink(Protocol):
@@ -79,7 +80,8 @@ def parse_record(line: bytes) -> Record:
         raise ValueError(f"no record of a step: {record['step']}")
     restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
     for key, value in restored.items():
-        if not (is_number(value) or isinstance(value, bool) or key.startswith("event")):
+        is_text = key.startswith("event") or (key.endswith(CODES) and isinstance(value, str))
+        if not (is_number(value) or isinstance(value, bool) or is_text):
             raise ValueError(f"{key} is no number")
     return restored
 
