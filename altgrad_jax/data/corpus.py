@@ -133,6 +133,6 @@ def refuse_another_meaning(data: ConfigDict, header: CacheHeader, manifest: Any,
     choice = data.name in ("auto", "eurlex") and not data.cache
     if choice and isinstance(before, str) and before != now:
         raise UserError(
-            f"config.data.name={data.name} stands for {name_of(now)} now, and stood for {name_of(before)} when the run in"
-            f" {place} began; go on with --config.data.name={name_of(before)}, or use another --workdir"
+            f"config.data.name={data.name} stands for {name_of(now)} now, and stood for {name_of(before)} when the run"
+            f" in {place} began; go on with --config.data.name={name_of(before)}, or use another --workdir"
         )
