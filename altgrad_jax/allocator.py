@@ -10,11 +10,14 @@ import os
 import platform
 import sys
 
+from altgrad_jax.interrupt import hold_back
+
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 
 def restart_with_large_pages() -> None:
-    """Replaces this process by itself with glibc's allocator set for large temporaries; call before heavy imports.
+    """Replaces this process by itself with glibc's allocator set for large temporaries; call before heavy imports,
+    and `interrupt.watch` after it.
 
     Does nothing outside glibc, or where GLIBC_TUNABLES is set already, to whatever value: the user has decided.
     """
@@ -22,4 +25,5 @@ def restart_with_large_pages() -> None:
         return
     # LAPACK's threads (the spectra's) would fight XLA's for the cores: several times as slow on two.
     one_thread = {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}
+    hold_back()
     os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": TUNABLES} | one_thread)

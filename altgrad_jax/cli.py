@@ -18,6 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from altgrad_jax.config import check_is_experiment, check_keys, leaves, load_config
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.interrupt import unwinding, watch
+from altgrad_jax.streams import occupy_closed_streams
 from altgrad_jax.usage import asks_for_help, help_text
 
 # Packages that training from a token cache does without, by module, as pip calls them.
@@ -92,12 +94,16 @@ def run_with_names(main: Callable[[list[str]], int]) -> None:
 
 
 def _run(main: Callable[[list[str]], int], parse: Callable[[Sequence[str]], list[str]]) -> None:
+    occupy_closed_streams()
+    watch()
+
     def guarded(argv: list[str]) -> int:
         try:
-            return main(argv)
+            with unwinding():
+                return main(argv)
         except UserError as e:
             return fail(e)
-        except KeyboardInterrupt:  # before or after training, which sees to Ctrl-C itself
+        except KeyboardInterrupt:  # raised by what has a handler of its own
             print("interrupted", file=sys.stderr)
             return 130
         except ModuleNotFoundError as e:

@@ -271,6 +271,8 @@ def _cross_field_violations(config: ConfigDict) -> Iterator[str]:
         )
     if config.parallel.host >= config.parallel.hosts:
         yield f"config.parallel.host={config.parallel.host} must be below config.parallel.hosts={config.parallel.hosts}"
+    if not (math.isfinite(config.parallel.timeout) and config.parallel.timeout >= 1):
+        yield f"config.parallel.timeout={config.parallel.timeout} must be 1 (second) or more"
     if config.parallel.hosts > 1 and not config.parallel.coordinator:
         yield f"config.parallel.hosts={config.parallel.hosts} needs config.parallel.coordinator, host:port of process 0"
     coordinator = config.parallel.coordinator

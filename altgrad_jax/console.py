@@ -53,7 +53,9 @@ class ConsoleSink:
         `earlier` is what earlier sessions logged up to there: an evaluation is the best only if it beats theirs.
         """
         self._console, self._first, self._total = console, first_step, total_steps
-        self._started, self._last_line = time.monotonic(), -math.inf
+        self._last_line = -math.inf
+        # What the time left is told by: the first step seen, and when. The steps before it compiled their programs.
+        self._since: tuple[int, float] | None = None
         losses = (record["val/loss"] for record in earlier if "val/loss" in record)
         self._best = min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
         self._bar: Progress | None = None
@@ -74,6 +76,8 @@ class ConsoleSink:
             )
             return
         now = ""
+        if step > self._first and self._since is None:
+            self._since = step, time.monotonic()
         if "train/loss" in record:
             now = f"loss {record['train/loss']:.4f}  {record['train/tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
@@ -103,13 +107,14 @@ class ConsoleSink:
         self._console.print(text)
 
     def _eta(self, step: int) -> str:
-        done = step - self._first
-        if done < 1 or step >= self._total:
+        if self._since is None or step <= self._since[0] or step >= self._total:
             return ""
-        return f"eta {clock((time.monotonic() - self._started) / done * (self._total - step))}"
+        first, began = self._since
+        return f"eta {clock((time.monotonic() - began) / (step - first) * (self._total - step))}"
 
     def rewind(self, step: int) -> None:
-        """Moves the bar back."""
+        """Moves the bar back; the time left is told anew."""
+        self._since = None
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 

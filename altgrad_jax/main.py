@@ -9,17 +9,21 @@ error, 130 / 143 interrupted (a checkpoint has been saved).
 from pathlib import Path
 
 from altgrad_jax.allocator import restart_with_large_pages
+from altgrad_jax.interrupt import watch
+from altgrad_jax.streams import occupy_closed_streams, protect_streams
 
 if __name__ == "__main__":
     restart_with_large_pages()
+    occupy_closed_streams()
+    watch()
 
 import jax
 from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax.config import validate
+from altgrad_jax.hosts import together
 from altgrad_jax.machine import check_xla_flags
-from altgrad_jax.parallel import join_hosts
 from altgrad_jax.train import train
 
 CONFIG = cli.define_config()
@@ -28,15 +32,17 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default runs/<co
 
 def main() -> int:
     """Checks the configuration, then trains."""
+    protect_streams()
     config = cli.read_config(CONFIG)
     validate(config)
     cli.quiet_libraries()
     check_xla_flags()
-    join_hosts(config.parallel.coordinator, config.parallel.hosts, config.parallel.host)
     if config.runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.runtime.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return train(config, WORKDIR.value or f"runs/{config.tracking.name}")
+    workdir = WORKDIR.value or f"runs/{config.tracking.name}"
+    with together(config, workdir):
+        return train(config, workdir)
 
 
 if __name__ == "__main__":

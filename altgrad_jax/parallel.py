@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from altgrad_jax.errors import UserError
+from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.state import TrainState
 from altgrad_jax.step import AXIS
 
@@ -27,36 +27,25 @@ RunEval = Callable[[TrainState, Array], Array]
 STOP_CHECK_STEPS = 10
 
 
-def join_hosts(coordinator: str | None, hosts: int, host: int) -> None:
-    """Makes this process one of several that train together; call before JAX touches a device.
-
-    Raises:
-      UserError: the coordinator could not be reached.
-    """
-    if hosts == 1:
-        return
-    try:
-        jax.distributed.initialize(coordinator, num_processes=hosts, process_id=host)
-    except RuntimeError as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"process {host} of {hosts} could not join at {coordinator}: {reason}") from e
-
-
 def is_primary() -> bool:
     """Whether this process is the one that writes files and speaks to the user."""
     return jax.process_index() == 0
 
 
-def any_host_stops(step: int, requested: bool) -> bool:
+def any_host_stops(step: int, stop: GracefulStop) -> bool:
     """Whether to stop after this step: with several hosts, all must leave the loop at the same one.
 
-    They ask each other every ten steps, since the question makes the host wait for its devices.
+    They ask each other every ten steps, since the question makes the host wait for its devices. A signal that one has
+    been sent is then noted by all.
     """
     if jax.process_count() == 1:
-        return requested
+        return stop.requested
     if step % STOP_CHECK_STEPS:
         return False
-    return bool(multihost_utils.process_allgather(np.array(requested)).any())
+    found = int(multihost_utils.process_allgather(np.array(stop.number)).max())
+    if found:
+        stop.request(found)
+    return bool(found)
 
 
 class DataParallel:

@@ -5,6 +5,7 @@ environment it takes only the variables listed here, which tune JAX and XLA and 
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -24,15 +25,21 @@ from altgrad_jax.data.overlap import open_overlap
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy", "ml-collections")
+# Variables that change what JAX, XLA and NCCL do, by name; those of JAX's own settings are found in `jax.config`. A
+# prefix would let through what is secret, for anybody may call a variable JAX_SOMETHING.
 ENVIRONMENT = (
-    "XLA_FLAGS",
-    "GLIBC_TUNABLES",
-    "LIBTPU_INIT_ARGS",
-    "CUDA_VISIBLE_DEVICES",
-    "NVIDIA_TF32_OVERRIDE",
-    "TF_CPP_VMODULE",
+    *("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "GLIBC_TUNABLES", "LIBTPU_INIT_ARGS", "TF_CPP_VMODULE"),
+    *("XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING"),
+    *("NVIDIA_TF32_OVERRIDE", "TF_GPU_ALLOCATOR", "JAX_PLATFORM_NAME", "JAX_COORDINATOR_ADDRESS"),
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("NCCL_ALGO", "NCCL_BUFFSIZE", "NCCL_COLLNET_ENABLE", "NCCL_CROSS_NIC", "NCCL_CUMEM_ENABLE", "NCCL_DEBUG"),
+    *("NCCL_DEBUG_SUBSYS", "NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_IB_HCA", "NCCL_IB_QPS_PER_CONNECTION"),
+    *("NCCL_IB_TC", "NCCL_IB_TIMEOUT", "NCCL_LAUNCH_MODE", "NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MIN_CTAS"),
+    *("NCCL_MIN_NCHANNELS", "NCCL_NET", "NCCL_NET_GDR_LEVEL", "NCCL_NET_PLUGIN", "NCCL_NTHREADS", "NCCL_NVLS_ENABLE"),
+    *("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_PROTO", "NCCL_SHM_DISABLE", "NCCL_SOCKET_FAMILY"),
+    *("NCCL_SOCKET_IFNAME", "NCCL_SOCKET_NTHREADS", "NCCL_TOPO_FILE", "NCCL_TUNER_PLUGIN"),
 )
-ENVIRONMENT_PREFIXES = ("JAX_", "XLA_PYTHON_CLIENT_", "NCCL_")
 
 
 def config_dict(config: ConfigDict) -> dict[str, Any]:
@@ -85,7 +92,19 @@ def measured_on(config: ConfigDict) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """The environment variables that change what JAX and XLA do."""
-    return {k: v for k, v in sorted(os.environ.items()) if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)}
+    return {k: v for k, v in sorted(os.environ.items()) if k in ENVIRONMENT or _is_setting_of_jax(k)}
+
+
+def _is_setting_of_jax(name: str) -> bool:
+    return name.startswith("JAX_") and name.isupper() and hasattr(jax.config, name.lower())
+
+
+def code_sha256() -> str:
+    """Hash of this package's source files, their names included."""
+    folder, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -157,12 +176,17 @@ def _from_home(path: Path) -> str:
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
+def command_line(command: Sequence[str] | None = None) -> list[str]:
+    """The command of a run, by default this process's own."""
+    return list(command or ["python", "-m", "altgrad_jax.main", *sys.argv[1:]])
+
+
 def session(step: int, command: Sequence[str] | None = None) -> dict[str, Any]:
     """One start of the run's command (None: of this process): when, from which step, on what, with which code."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
-        "command": list(command or ["python", "-m", "altgrad_jax.main", *sys.argv[1:]]),
+        "command": command_line(command),
         "versions": versions(),
         "devices": devices(),
         "environment": environment(),

@@ -6,6 +6,7 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 """
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -25,7 +26,8 @@ from altgrad_jax.data.corpus import open_corpus, refuse_another_meaning
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
-from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.hosts import agree
+from altgrad_jax.interrupt import GracefulStop, ending_at_once
 from altgrad_jax.machine import check_device, memory_errors
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
@@ -94,7 +96,9 @@ def train(
         checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
         cleanup.callback(checkpoints.close)
         run_identity = provenance.identity(config, exp.cache) | exp.policy.identity() | exp.task.identity()
+        agree("data", _before_restoring(exp, checkpoints, run_identity))
         start = _start(exp, checkpoints, run_identity)
+        agree("state", _before_training(exp, start))
 
         console = make_console(quiet=not primary)
         if start.step >= config.train.steps and _is_recorded_as_finished(workdir, start.step):
@@ -103,7 +107,10 @@ def train(
         print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
         for line in exp.policy.lines() if exp.policy.plans else ():
             console.print(f"  {line}", highlight=False, soft_wrap=True)
-        audited, compile_seconds = compile_audited(exp, start.state)
+        stop = GracefulStop(last_words=f"stopped without saving; to go on: {_shown(command)}")
+        with stop if exp.parallel.hosts > 1 else ending_at_once("stopped while compiling", workdir.close):
+            console.print("  compiling")
+            audited, compile_seconds = compile_audited(exp, start.state)
         found = audited if isinstance(audited, str) else audited.headline()
         console.print(f"  {found}", highlight=False, soft_wrap=True)
         if not isinstance(audited, str) and (tiles := tiles_used(audited, exp.policy.tiles).line()):
@@ -116,7 +123,7 @@ def train(
         loop = Loop(exp, checkpoints, sinks, start, run_identity, earlier, compile_seconds, trace)
         loop.mark_other_measurements(start, earlier)
         try:
-            with GracefulStop() as stop, memory_errors(WHAT_SAVES_MEMORY):
+            with stop, memory_errors(WHAT_SAVES_MEMORY):
                 status = loop.run(stop)
                 checkpoints.wait()
         except BaseException:
@@ -126,6 +133,8 @@ def train(
             raise
         _end(workdir, loop, sinks, status)
         _print_end(console, workdir, loop, status)
+        if status == "interrupted":
+            console.print(f"to go on: {_shown(command)}", soft_wrap=True)
         return {"finished": 0, "interrupted": stop.exit_code}.get(status, 1)
 
 
@@ -207,7 +216,7 @@ class Loop:
 
             last = self.step == config.train.steps
             evaluates = last or self.step % config.train.eval_every == 0
-            stops = any_host_stops(self.step, stop.requested)
+            stops = any_host_stops(self.step, stop)
             saves = last or self.step % config.checkpoint.every == 0 or stops
             # What gives way does so right after its step, so that no later step depends on when metrics were fetched.
             if not (evaluates or saves or self._fallback):
@@ -224,7 +233,7 @@ class Loop:
                 if self._fallback:
                     self._fall_back(record, batch)
                 # Asked again, since an evaluation takes long enough to be interrupted.
-                stops = stops or (evaluates and any_host_stops(self.step, stop.requested))
+                stops = stops or (evaluates and any_host_stops(self.step, stop))
                 if saves or stops:
                     self._save(record)
             if stops and not last:
@@ -331,6 +340,28 @@ class Loop:
         manifest = {"identity": self._identity, "seconds": self.seconds}
         manifest["measured_on"] = provenance.measured_on(self.exp.config)
         self._checkpoints.save(self.step, self.exp.parallel.to_global(self.state), iterator, manifest)
+
+
+def _before_restoring(
+    exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_identity: dict[str, Any]
+) -> dict[str, Any]:
+    """What hosts must have alike before they read a checkpoint together."""
+    found = provenance.devices()
+    facts = {"devices of a host": f"{len(exp.parallel.devices)} x {found['kind']}"}
+    facts |= {"checkpoints in --workdir": ", ".join(map(str, checkpoints.steps())) or "none"}
+    return facts | run_identity
+
+
+def _before_training(exp: experiment.Experiment, start: Start) -> dict[str, Any]:
+    """What hosts must have alike before the first step; nothing where there is one, for hashing takes time."""
+    if exp.parallel.hosts == 1:
+        return {}
+    weights = tree_sha256(exp.parallel.on_one_device(start.state.params))
+    return {"first step": start.step, "batches passed over": start.skipped_batches, "weights": weights[:12]}
+
+
+def _shown(command: Sequence[str] | None) -> str:
+    return shlex.join(provenance.command_line(command))
 
 
 def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:

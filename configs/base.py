@@ -122,6 +122,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.parallel.coordinator = config_dict.placeholder(str)  # host:port of process 0, to train in several processes
     config.parallel.hosts = 1  # how many processes
     config.parallel.host = 0  # which of them this is
+    config.parallel.timeout = 60.0  # seconds for all to join, and after which one that is not heard of is gone
 
     config.runtime = ConfigDict()
     config.runtime.compilation_cache = config_dict.placeholder(str)  # folder of compiled programs

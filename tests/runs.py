@@ -49,6 +49,8 @@ TINY: dict[str, Any] = {
 }
 SECRET = "hunter2-5f0c1e"
 SECRETS = {"AWS_SECRET_ACCESS_KEY": SECRET, "WANDB_API_KEY": SECRET * 3, "HF_TOKEN": SECRET, "MY_JAX_TOKEN": SECRET}
+# Called like what tunes JAX, XLA and NCCL.
+SECRETS |= {f"{prefix}_PASSWORD": SECRET for prefix in ("JAX", "JAX_CONFIG", "NCCL", "XLA_PYTHON_CLIENT")}
 BITS = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
 
 

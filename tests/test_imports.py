@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "allocator", "interrupt", "meter", "ranking", "scripts"),
+    ("__init__", "errors", "interrupt", "meter", "ranking", "relay", "scripts", "streams"),
+    ("allocator",),
     ("precision", "recomputation", "files", "multilabel"),
     ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
     ("layers",),
@@ -26,7 +27,7 @@ LAYERS = (
     ("diagnostics",),
     ("step", "data", "tracking", "config", "console", "integrity", "workdir"),
     ("task", "diagnose", "parallel", "checkpoint", "provenance", "usage"),
-    ("program", "evaluation", "cli"),
+    ("program", "evaluation", "cli", "hosts"),
     ("formats",),
     ("experiment",),
     ("run_record",),

@@ -207,13 +207,28 @@ def show(records: list[dict[str, Any]], terminal: bool) -> str:
     return out.getvalue()
 
 
+def test_compiling_is_no_part_of_the_time_left(monkeypatch):
+    """A minute until the first step is done, then a step a second; and after a pause for other steps the same again."""
+    now = [0.0]
+    monkeypatch.setattr("altgrad_jax.console.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    sink = ConsoleSink(Console(file=out, width=120), 10, 310)
+    now[0] = 60.0
+    for step in range(11, 23):
+        sink.log({"step": step, "train/loss": 1.0, "train/tokens_per_second": 1.0})
+        now[0] += 1
+    last = out.getvalue().splitlines()[-1]
+    assert last.split()[1] == "21/310" and last.endswith("eta 0:04:49"), last
+
+
 def test_the_console_without_and_with_a_terminal():
     steps = [{"step": n, "train/loss": 3.0 - n / 40, "train/tokens_per_second": 12345.6} for n in range(1, 41)]
     steps[19] |= {"val/loss": 2.5, "val/perplexity": math.exp(2.5), "val/loss_above_floor": 0.25}
     steps[39] |= {"val/loss": 2.75, "val/perplexity": math.exp(2.75)}
     plain = show(steps, terminal=False).splitlines()
     assert [line.split()[1] for line in plain] == ["1/40", "20/40", "40/40"], "one at once, then evaluations"
-    assert "loss 2.9750" in plain[0] and "12,346 tokens/s" in plain[0] and "eta 0:0" in plain[0]
+    assert "loss 2.9750" in plain[0] and "12,346 tokens/s" in plain[0]
+    assert "eta" not in plain[0] and "eta 0:0" in plain[1], "the first step compiles: it tells nothing of the others"
     assert "val loss 2.5000  perplexity 12.18  above floor 0.2500  best" in plain[1]
     assert "val loss 2.7500" in plain[2] and "best" not in plain[2] and "eta" not in plain[2]
     live = show(steps, terminal=True)
