@@ -18,13 +18,17 @@ from statistics import mean
 from typing import Any
 
 from common import save_results
+from output_gradient import largest_vocabulary
 
-from altgrad_jax.report.statistics import Tested, decide, shared_differences
+from altgrad_jax.report.statistics import BETTER, WORSE, Tested, decide, shared_differences
 from altgrad_jax.tracking import read_metrics
 
 FIRST_STEP = 1
 GRADIENT = "quant/lm_head/gradient/underflow"
 CONTROL = "e8m7"
+OPTIMIZERS = ("adamw", "relative")
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs/results/optimizers.json"
+PUBLISHED_SEEDS = (42, 43, 44)
 SIZES = ("learning_rate", "width", "vocabulary", "batch")  # in which a condition and its base agree
 BASE = {"recipe": "bf16", "optimizer": "adamw", "loss_scale": "1"}
 SHOWN = ("recipe", "layers", "vocabulary", "batch", "loss_scale")
@@ -121,25 +125,56 @@ def _is_base(run: Run) -> bool:
 
 def control(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
     """The tables registered in docs/results/formats8.md: gains of `relative` less the control's, and equivalences."""
-    own = [run for run in runs if run.sweep.startswith("control")]
-    recipes = list(dict.fromkeys(run.recipe for run in own if run.optimizer == "relative"))
+    own = [run for run in runs if run.sweep == "control-tiny"]
+    recipes = sorted({run.recipe for run in own if run.optimizer == "relative"})
     adamw = {recipe: losses(own, recipe=recipe, optimizer="adamw") for recipe in ("bf16", *recipes)}
     relative = {recipe: losses(own, recipe=recipe, optimizer="relative") for recipe in recipes}
     gain = {r: {seed: adamw[r][seed] - relative[r][seed] for seed in adamw[r] if seed in relative[r]} for r in recipes}
 
-    def table(of: Mapping[str, Mapping[int, float]], reference: Mapping[int, float], *names: str) -> list[dict]:
-        tested = decide([shared_differences(of[name], reference) for name in names])
-        return [{"recipe": name} | figures(one) for name, one in zip(names, tested, strict=True)]
-
     nothing = dict.fromkeys(adamw["bf16"], 0.0)
+    eight_bits = ("e3m4", "e4m3", "e5m2")
     return {
-        "primary: gain of relative less the control's": table(gain, gain[CONTROL], "e3m4"),
-        "secondary: gain of relative less the control's": table(gain, gain[CONTROL], "e4m3", "e5m2"),
-        "gain of relative over AdamW": table(gain, nothing, *recipes),
+        "primary: gain of relative less the control's": table(gain, gain[CONTROL], "e3m4", gains=True),
+        "secondary: gain of relative less the control's": table(gain, gain[CONTROL], "e4m3", "e5m2", gains=True),
+        "gain of relative over AdamW": table(gain, nothing, *eight_bits, CONTROL, gains=True),
         "the control's gap to BF16 with AdamW": table(adamw, adamw["bf16"], CONTROL),
         "gap to BF16 with AdamW": table(adamw, adamw["bf16"], "e4m3", "e5m2"),
-        "gap to BF16 with AdamW, not registered": table(adamw, adamw["bf16"], "e3m4"),
+        "not registered: gap to BF16 with AdamW": table(adamw, adamw["bf16"], "e3m4"),
+        "not registered: relative's gap to relative in the control": table(relative, relative[CONTROL], *eight_bits),
     }
+
+
+def quick_control(runs: list[Run], published: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Gains of docs/results/optimizers.json less the control's on the same seeds, at that size; one family.
+
+    Args:
+      runs: of all sweeps; those of the matrix "control" are the quick ones.
+      published: that file's results.
+    """
+    adamw, relative = (losses([run for run in runs if run.sweep == "control"], optimizer=o) for o in OPTIMIZERS)
+    of_control = {seed: adamw[seed] - relative[seed] for seed in adamw}
+
+    def gain(fmt: str) -> dict[int, float]:
+        pairs = zip(published[f"adamw, {fmt}"]["val_loss"], published[f"relative, {fmt}"]["val_loss"], strict=True)
+        return {seed: a - b for seed, (a, b) in zip(PUBLISHED_SEEDS, pairs, strict=True)}
+
+    gains = {fmt: gain(fmt) for fmt in ("e5m2", "e4m3", "e3m4", "e7m0")} | {CONTROL: of_control}
+    return {
+        "quick: gain of relative over AdamW in the control": table(
+            gains, dict.fromkeys(of_control, 0.0), CONTROL, gains=True
+        ),
+        "quick: published gain of relative less the control's": table(gains, of_control, *list(gains)[:-1], gains=True),
+    }
+
+
+def table(
+    of: Mapping[str, Mapping[int, float]], reference: Mapping[int, float], *names: str, gains: bool = False
+) -> list[dict[str, Any]]:
+    """One family: the losses (or gains, which are better above zero) of each name less the reference, seed by seed."""
+    tested = decide([shared_differences(of[name], reference) for name in names])
+    rows = [{"recipe": name} | figures(one) for name, one in zip(names, tested, strict=True)]
+    other = {WORSE: BETTER, BETTER: WORSE} if gains else {}
+    return [row | {"verdict": other.get(row["verdict"], row["verdict"])} for row in rows]
 
 
 def figures(tested: Tested) -> dict[str, Any]:
@@ -164,19 +199,84 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+PLACES = {
+    "everywhere": ("", "all"),
+    "in all blocks, output layer in 16 bits": ("", "blocks"),
+    "x and w everywhere, g in 16 bits": ("-xw", "all"),
+    "output layer alone": ("", "lm_head"),
+    "output layer's gradient alone": ("-g", "lm_head"),
+    "... with a scale for every 32 entries": ("-g-blocks", "lm_head"),
+    "... rounded stochastically": ("-g-stochastic", "lm_head"),
+}
+COLOURS = {"e0m7": "#D55E00", "e2m5": "#0072B2", "e3m4": "#009E73"}
+
+
+def plot(places: list[dict[str, Any]], vocabularies: list[dict[str, Any]], path: Path) -> None:
+    """Gap to BF16 by where a format is used; and by vocabulary, over that from which 1 / V is rounded to zero."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), gridspec_kw={"width_ratios": (1.2, 1)})
+    found = {(row["recipe"], row["layers"]): row for row in places}
+    for shift, fmt in ((-0.14, "e0m7"), (0.14, "e2m5")):
+        for y, (way, layers) in enumerate(PLACES.values()):
+            _point(left, found[fmt + way, layers], y + shift, fmt, horizontal=True)
+        left.plot([], [], "o", color=COLOURS[fmt], label=fmt)
+    left.set_yticks(range(len(PLACES)), list(PLACES), fontsize=9)
+    left.invert_yaxis()
+    left.axvline(0, color="0.6", linewidth=1)
+    left.set_xlabel("validation loss above BF16, nats (mean, 95 %)")
+    left.legend(frameon=False, fontsize=9, loc="center right")
+    for fmt in COLOURS:
+        rows = [row for row in [*vocabularies, *places] if (row["recipe"], row["layers"]) == (fmt, "lm_head")]
+        rows.sort(key=lambda row: row["vocabulary"])
+        xs = [row["vocabulary"] / largest_vocabulary(fmt) for row in rows]
+        right.plot(xs, [row["mean"] for row in rows], color=COLOURS[fmt], linewidth=1)
+        for x, row in zip(xs, rows, strict=True):
+            _point(right, row, x, fmt, horizontal=False)
+            right.annotate(str(row["vocabulary"]), (x, row["mean"]), (4, -11), textcoords="offset points", fontsize=7)
+        right.plot([], [], "o-", color=COLOURS[fmt], label=f"{fmt}: {largest_vocabulary(fmt):.0f}")
+    right.axvline(1, color="0.6", linewidth=1, linestyle="--")
+    right.axhline(0, color="0.6", linewidth=1)
+    right.set_xscale("log", base=2)
+    right.set_xlabel("vocabulary (at the points), over that from which\n1/V is rounded to zero beside a 1 (legend)")
+    right.set_ylabel("nats above BF16, format in the output layer alone", fontsize=8)
+    right.legend(frameon=False, fontsize=9)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+def _point(axes: Any, row: dict[str, Any], at: float, fmt: str, *, horizontal: bool) -> None:
+    half = row["high"] - row["mean"]
+    x, y = (row["mean"], at) if horizontal else (at, row["mean"])
+    error = {"xerr" if horizontal else "yerr": half}
+    axes.errorbar(x, y, **error, fmt="o", color=COLOURS[fmt], capsize=3, markersize=5)
+
+
 def main() -> None:
     """Reads, compares, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="work directories of sweeps")
     parser.add_argument("--out", help="JSON file of the results")
+    parser.add_argument("--picture", type=Path, help="PNG of the gaps by place and by vocabulary")
     given = parser.parse_args()
     runs = [read(path.parent) for folder in given.folders for path in sorted(folder.glob("*/summary.json"))]
     commands = [json.loads((folder / "matrix.json").read_text())["command"] for folder in given.folders]
     tables = {name: gaps(runs, name) for name in dict.fromkeys(run.sweep for run in runs) if "control" not in name}
-    if any(run.sweep.startswith("control") for run in runs):
+    sweeps = {run.sweep for run in runs}
+    if "control-tiny" in sweeps:
         tables |= control(runs)
+    if "control" in sweeps:
+        tables |= quick_control(runs, json.loads(PUBLISHED.read_text())["results"])
     for name, rows in tables.items():
         print(f"{name}\n\n{markdown(rows)}\n")
+    if given.picture:
+        plot(tables["output_layer-tiny"], tables["vocabulary-tiny"], given.picture)
     found = {"commands": [" ".join(command) for command in commands], "comparisons": tables}
     save_results(given.out, found | {"runs": [asdict(run) for run in runs]})
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import re
 
 import pytest
@@ -112,3 +113,18 @@ def test_a_gain_counts_less_the_controls(causes):
     assert nets == pytest.approx({"e4m3": 0.0, "e5m2": -0.1})
     assert [one["verdict"] for one in found["the control's gap to BF16 with AdamW"]] == ["equivalent within 0.05"]
     assert "| e3m4 | 4 | 1 | +0.200 [" in causes.markdown([primary])
+
+
+HEADLINE = "**`relative` against AdamW.**"
+
+
+def test_pages_say_the_headline_in_the_same_words_and_with_the_datas_numbers():
+    pages = [ROOT / "README.md", *(ROOT / "docs/results" / name for name in ("optimizers.md", "formats8.md"))]
+    [said] = {page.read_text().partition(HEADLINE)[2].partition("\n\n")[0] for page in pages}
+    tables = json.loads((ROOT / "docs/results/causes.json").read_text())["results"]["comparisons"]
+    found = tables["primary: gain of relative less the control's"] + tables["gain of relative over AdamW"][:1]
+    published = json.loads((ROOT / "docs/results/optimizers.json").read_text())["results"]["relative, e5m2"]["to_adamw"]
+    for one in found:
+        assert one["recipe"] == "e3m4" and one["n"] == 16
+        assert f"{one['mean']:.3f}" in said and f"[{one['low']:.3f}, {one['high']:.3f}]" in said
+    assert f"{-published['mean']:.3f} in e5m2" in said

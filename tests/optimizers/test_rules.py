@@ -107,6 +107,17 @@ def test_off_is_adamw_to_the_bit():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["e0m7", "e1m6", "e1m2:inf=0,nan=0"])
+def test_relative_is_adamw_where_all_spacings_are_equal(name):
+    params, grads = initial(), gradients(3)
+    found = run(manifold_adamw(RATE, name, **ADAM), params, grads)
+    expected = run(optax.adamw(RATE, **ADAM), params, grads)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    other = run(manifold_adamw(RATE, "e2m5", **ADAM), params, grads)
+    assert not np.allclose(other[-1]["a"]["kernel"], expected[-1]["a"]["kernel"], rtol=1e-3)
+
+
 def test_what_before_can_and_cannot_change():
     """Adam divides by the gradient's scale, so a stiffness that stays cancels; what acts is its change, and eps."""
     w = {"w": jnp.asarray(2.0 ** np.linspace(-9, 0, 40, dtype=np.float32))[None]}
