@@ -57,8 +57,9 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
     """What must not change when a run resumes, as flat dotted names.
 
     Model, precision, optimizer, data and batch decide every bit of a trajectory. `Policy.identity` adds the quantised
-    layers. What is absent here may change: devices, native or emulated operands (which are equal to the bit), tracking,
-    how often to log, evaluate and save, and `train.steps` where the schedule does not depend on it.
+    layers. The windows that a language model is judged on decide what `val/loss` means, and so which is the best: they
+    must not change either. What is absent here may change: devices, native or emulated operands (which are equal to the
+    bit), tracking, how often to log, evaluate and save, and `train.steps` where the schedule does not depend on it.
     """
     full = config_dict(config)
     facts: dict[str, Any] = {"seed": full["seed"], "data.sha256": cache.sha256}
@@ -69,6 +70,7 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
     interventions = {key: full["stability"][key] for key in ("skip_nonfinite", "relative_clip", "rewinds")}
     if config.stability.fallback:
         interventions |= {key: value for key, value in full["stability"].items() if key.startswith("fallback")}
+        facts["diagnostics.windows"] = full["diagnostics"]["windows"]  # where it looks for what to blame
     facts |= {f"stability.{key}": value for key, value in interventions.items() if value}
     if any(text.startswith("gradients:") for text in full["diagnostics"]["questions"]):
         facts["diagnostics.questions"] = "gradients"  # whose counters are part of the state
@@ -76,9 +78,16 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
         del facts[f"precision.{key}"]  # `Policy.identity` says what became of them
     for key in ("batch_size", "grad_accumulation", "steps_per_dispatch", "remat", "loss_chunk", "loss_scale"):
         facts[f"train.{key}"] = full["train"][key]
+    if full["task"] == "lm":  # a classifier is judged on all documents
+        facts["train.eval_batches"] = full["train"]["eval_batches"]
     if config.optimizer.schedule != "constant":
         facts["optimizer.decay_steps"] = config.optimizer.decay_steps or config.train.steps
     return facts
+
+
+def measured_on(config: ConfigDict) -> dict[str, Any]:
+    """What decides which part of a batch diagnostics are asked of; a run may change it, and then says so."""
+    return {f"diagnostics.{key}": config.diagnostics[key] for key in ("windows", "tokens", "lanczos_steps")}
 
 
 def environment() -> dict[str, str]:
@@ -154,6 +163,7 @@ def corpus(cache: TokenCache, eval_split: str) -> dict[str, Any]:
             "fingerprint": header.tokenizer.fingerprint,
         },
         "eval_split": eval_split,
+        "split_sha256": {split.name: split.tokens_sha256 for split in header.splits},
         "unigram_nats": cache.split_header(eval_split).unigram_nats,
         "entropy_floor": cache.entropy_floor(eval_split),
         "tokens": {split.name: split.tokens for split in header.splits},

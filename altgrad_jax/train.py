@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -54,6 +54,7 @@ class Start:
       seconds: wall time of earlier sessions.
       origin: where the state came from, for people.
       skipped_batches: how many batches more than steps lie behind it, passed over by rewinds.
+      measured_on: `provenance.measured_on` of the session that saved it; empty where that is not known.
     """
 
     state: TrainState
@@ -61,6 +62,7 @@ class Start:
     seconds: float
     origin: str
     skipped_batches: int = 0
+    measured_on: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -119,6 +121,7 @@ def train(
         cleanup.callback(trace.close)
         earlier = read_metrics(workdir.metrics)
         loop = Loop(exp, checkpoints, sinks, start, run_identity, earlier, compile_seconds, trace)
+        loop.mark_other_measurements(start, earlier)
         try:
             with stop, memory_errors(WHAT_SAVES_MEMORY):
                 status = loop.run(stop)
@@ -162,6 +165,15 @@ class Loop:
         self._fallback = make_fallback(exp.config.stability)
         self._trace = trace or StepTrace(None)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
+
+    def mark_other_measurements(self, start: Start, earlier: Sequence[Record]) -> None:
+        """Notes that diagnostics are asked of other parts of a batch than before, once."""
+        now, before = provenance.measured_on(self.exp.config), start.measured_on
+        changed = [f"{key}: {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        reason = f"from here on diagnostics are asked of other parts of a batch: {'; '.join(changed)}"
+        marked = event(start.step, "measured", reason)
+        if changed and marked not in earlier:
+            self._emit(marked)
 
     @property
     def seconds(self) -> float:
@@ -326,6 +338,7 @@ class Loop:
         batch = self.step + self._skipped_batches
         iterator = {"next_step": batch, "epoch": self.exp.batches.epoch_of(batch)}
         manifest = {"identity": self._identity, "seconds": self.seconds}
+        manifest["measured_on"] = provenance.measured_on(self.exp.config)
         self._checkpoints.save(self.step, self.exp.parallel.to_global(self.state), iterator, manifest)
 
 
@@ -386,7 +399,8 @@ def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_
         skipped = restored.iterator["next_step"] - restored.step
         if skipped < 0:
             raise UserError(f"checkpoint {restored.step} continues at batch {restored.iterator['next_step']}")
-        return Start(state, restored.step, manifest["seconds"], f"the checkpoint of step {restored.step}", skipped)
+        origin = f"the checkpoint of step {restored.step}"
+        return Start(state, restored.step, manifest["seconds"], origin, skipped, manifest.get("measured_on", {}))
     source = exp.config.checkpoint.restore_from
     if not source:
         return Start(exp.fresh_state(), 0, 0.0, f"new weights from seed {exp.config.seed}")

@@ -31,13 +31,19 @@ def test_the_identity_is_what_decides_the_bits(lab, cache):
     decisive |= {"model__n_layer": 2, "model__n_embd": 64, "model__bias": True, "model__dropout": 0.1}
     decisive |= {"model__tie_embeddings": False, "model__attention": "xla", "precision__compute": "float32"}
     decisive |= {"optimizer__learning_rate": 1e-5, "optimizer__eps": 1e-6, "optimizer__schedule": "linear"}
+    decisive |= {"train__eval_batches": 9}  # of which windows val/loss is, and so which is the best
     decisive |= {"optimizer__decay_steps": 7, "optimizer__grad_clip": 0.0, "optimizer__b2": 0.99}
     for key, value in decisive.items():
         after = provenance.identity(lab.config(**{key: value}), cache)
         different = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         expected = "optimizer.decay_steps" if key == "train__steps" else key.replace("__", ".")
         assert different == {expected}
-    harmless = {"train__log_every": 9, "train__eval_every": 9, "train__eval_batches": 9, "checkpoint__every": 9}
+    falling_back = [lab.config(), lab.config(diagnostics__windows=1)]
+    for config in falling_back:
+        config.stability.fallback = True  # which looks at these windows for what to blame
+    one, other = (provenance.identity(config, cache) for config in falling_back)
+    assert {key for key in one if one[key] != other[key]} == {"diagnostics.windows"}
+    harmless = {"train__log_every": 9, "train__eval_every": 9, "diagnostics__windows": 1, "checkpoint__every": 9}
     harmless |= {"checkpoint__max_to_keep": 9, "tracking__name": "x", "tracking__wandb": "offline"}
     harmless |= {"parallel__devices": 0, "stability__nan_patience": 9, "data__data_dir": str(lab.folder / "other")}
     for key, value in harmless.items():

@@ -157,6 +157,7 @@ DIFFERENT = [
     ({"precision__compute": "float32"}, ["precision.compute: bfloat16 -> float32"]),
     ({"optimizer__b2": 0.99, "seed": 1}, ["optimizer.b2: 0.95 -> 0.99", "seed: 42 -> 1"]),
     ({"train__batch_size": 4}, ["train.batch_size: 8 -> 4"]),
+    ({"train__eval_batches": 4}, ["train.eval_batches: 2 -> 4"]),
     ({"train__steps": 30, "optimizer__decay_steps": 0}, ["optimizer.decay_steps: 20 -> 30"]),
 ]
 
@@ -180,12 +181,21 @@ def test_other_data_is_refused(lab, whole, tmp_path):
 
 def test_what_may_change_at_a_restart(lab, copied, whole):
     other = {"tracking__name": "x", "tracking__tags": ("a",), "train__log_every": 4, "train__eval_every": 7}
-    other |= {"checkpoint__every": 3, "checkpoint__max_to_keep": 1, "train__eval_batches": 1}
+    other |= {"checkpoint__every": 3, "checkpoint__max_to_keep": 1}
     assert go_on(lab, copied, **other) == 0
     assert set(train_losses(copied)) < set(train_losses(whole))
     assert summary(copied)["parameter_sha256"] == summary(whole)["parameter_sha256"]
     assert json.loads((copied / "config.json").read_text())["tracking"]["name"] == "x"
     assert checkpoint_steps(copied) == [40]
+
+
+def test_diagnostics_of_other_windows_are_marked_once(lab, copied):
+    """They may be asked of less from a restart on, and whoever reads the records is told where."""
+    for _ in range(2):
+        assert go_on(lab, copied, diagnostics__windows=1, diagnostics__lanczos_steps=4) == 0
+    marks = [r for r in read_metrics(copied / "metrics.jsonl") if r.get("event") == "measured"]
+    assert [mark["step"] for mark in marks] == [20]
+    assert "windows: 0 -> 1; diagnostics.lanczos_steps: 6 -> 4" in marks[0]["event/reason"]
 
 
 @pytest.mark.parametrize("earlier", [None, 0.5, "NaN"])

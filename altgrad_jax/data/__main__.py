@@ -24,7 +24,15 @@ from altgrad_jax import cli
 from altgrad_jax.config import validate
 from altgrad_jax.data.batches import TrainBatches
 from altgrad_jax.data.cache import TokenCache, open_cache
-from altgrad_jax.data.corpus import ANY_EURLEX, EURLEX_CONFIGS, brought_caches, find_source, name_of, open_corpus
+from altgrad_jax.data.corpus import (
+    ANY_EURLEX,
+    DEFAULT_DATA_DIR,
+    EURLEX_CONFIGS,
+    brought_caches,
+    find_source,
+    name_of,
+    open_corpus,
+)
 from altgrad_jax.data.documents import Source
 from altgrad_jax.data.labels import open_labels
 from altgrad_jax.data.overlap import open_overlap
@@ -49,7 +57,7 @@ NAMES = ("eurlex", *EURLEX_CONFIGS, "embedded", "files")
 NAME = flags.DEFINE_enum("name", "eurlex", NAMES, "The corpus; eurlex: the one found in --source, else EURLEX57K.")
 SOURCE = flags.DEFINE_string("source", None, "Folder with local copies of the corpus's files; downloads nothing.")
 PATH = flags.DEFINE_string("path", None, "For --name=files: a .txt, .jsonl or .jsonl.gz file, or a folder of them.")
-DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/altgrad_jax", "Where prepared corpora and token caches are kept.")
+DATA_DIR = flags.DEFINE_string("data_dir", DEFAULT_DATA_DIR, "Where prepared corpora and token caches are kept.")
 TOKENIZER = flags.DEFINE_enum("tokenizer", "auto", ("auto", "bpe", "bytes", "gpt2"), "The tokenizer.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 50257, "Entries the tokenizer may use.", lower_bound=1)
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Prepare again what is prepared already.")

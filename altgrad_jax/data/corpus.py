@@ -12,6 +12,7 @@ from altgrad_jax.errors import UsageError, UserError
 
 # What a user calls each EUR-Lex corpus, and its builder config. "eurlex" and "auto" take any of them.
 EURLEX_CONFIGS = {"eurlex57k": "eurlex57k", "lexglue": "lexglue", "eurlex-local": "local"}
+DEFAULT_DATA_DIR = "~/.cache/altgrad_jax"  # where prepared corpora and token caches are kept, unless one says otherwise
 ANY_EURLEX = ("auto", "eurlex", *EURLEX_CONFIGS)
 
 
@@ -62,10 +63,12 @@ def _embedded_for_auto(data: ConfigDict, vocab_size: int) -> Source:
     why = ""
     if data.name == "auto":
         why = f" (auto takes the embedded corpus for vocabularies up to {MOST_TOKENS:,}, not for {vocab_size:,})"
+    name = "eurlex" if data.name == "auto" else data.name
+    place = "" if data.data_dir == DEFAULT_DATA_DIR else f" --data_dir={data.data_dir}"
     raise UsageError(
         f"config.data.name={data.name}, but EUR-Lex is not prepared in {Path(data.data_dir).expanduser()}{why}: run"
-        f" `python -m altgrad_jax.data prepare --name={'eurlex' if data.name == 'auto' else data.name} [--source=DIR]`,"
-        " or train on the invented acts that come with the package: --config.data.name=embedded"
+        f" `python -m altgrad_jax.data prepare --name={name}{place} [--source=DIR]`, or train on the invented acts that"
+        " come with the package: --config.data.name=embedded"
     )
 
 
@@ -110,18 +113,13 @@ def name_of(source_name: str) -> str:
 def describe(data: ConfigDict, header: CacheHeader) -> str:
     """What a run's header says of the corpus that `config.data` came to."""
     source, why = header.source, ""
-    if _is_auto(data) and source.name == "embedded":
+    if data.name == "auto" and not data.cache and source.name == "embedded":
         why = " (auto: EUR-Lex is not prepared)"
     return f"{source.name}{why}: {source.description}"
 
 
-def _is_auto(data: ConfigDict) -> bool:
-    """Whether the choice of a corpus was left to this program."""
-    return data.name == "auto" and not data.cache
-
-
 def refuse_another_meaning(data: ConfigDict, header: CacheHeader, manifest: Any, place: Path) -> None:
-    """Raises UserError if `data.name=auto` stood for another corpus when the run in this place began.
+    """Raises UserError if a `data.name` that leaves the choice to us stood for another corpus when this run began.
 
     Args:
       data: `config.data`.
@@ -132,8 +130,9 @@ def refuse_another_meaning(data: ConfigDict, header: CacheHeader, manifest: Any,
     corpus = manifest.get("corpus") if isinstance(manifest, dict) else None
     before = corpus.get("source") if isinstance(corpus, dict) else None
     now = header.source.name
-    if _is_auto(data) and isinstance(before, str) and before != now:
+    choice = data.name in ("auto", "eurlex") and not data.cache
+    if choice and isinstance(before, str) and before != now:
         raise UserError(
-            f"config.data.name=auto stands for {name_of(now)} now, and stood for {name_of(before)} when the run in"
-            f" {place} began; go on with --config.data.name={name_of(before)}, or use another --workdir"
+            f"config.data.name={data.name} stands for {name_of(now)} now, and stood for {name_of(before)} when the run"
+            f" in {place} began; go on with --config.data.name={name_of(before)}, or use another --workdir"
         )

@@ -14,6 +14,7 @@ All are lossless for any Unicode text. Decoding needs no library either, so a sa
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,9 @@ GPT2_VOCABULARY = 50257
 # English clitics, then runs of letters, of digits or of other marks, each with one leading space, then white space,
 # of which the last character stays with the word it precedes. `tokenizers` has the same rule as its ByteLevel.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+LONG_TEXT = 1 << 20  # characters that are encoded at once
+_CUT = re.compile(r"(?<=[!-~])(?=[ \n])")
 
 Ids = npt.NDArray[np.uint32]
 
@@ -97,6 +101,19 @@ def checked_utf8(text: str) -> bytes:
             f"the text holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start}), which is "
             "not Unicode text; mend or remove it in the source"
         ) from error
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of about `LONG_TEXT` characters, cut where GPT-2's rule cuts in any case.
+
+    That is before a space or a newline that follows a printable character of ASCII, so the pieces have the tokens of
+    the whole. `tokenizers` takes some 130 bytes of memory for a character.
+    """
+    start = 0
+    while len(text) - start > LONG_TEXT and (cut := _CUT.search(text, start + LONG_TEXT)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 class _TableTokenizer(ABC):
@@ -189,7 +206,7 @@ class BpeTokenizer(_TableTokenizer):
             special_tokens=[],
             show_progress=False,
         )
-        learner.train_from_iterator(_checked(texts), trainer)
+        learner.train_from_iterator((piece for text in _checked(texts) for piece in pieces(text)), trainer)
         id_of = learner.get_vocab()
         learned = json.loads(learner.to_str())["model"]["merges"]
         tokenizer = cls((id_of[left], id_of[right]) for left, right in learned)
@@ -219,8 +236,14 @@ class BpeTokenizer(_TableTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer`."""
-        encoded = self._encoder.encode_batch_fast(list(_checked(texts)))
-        return [np.array(encoding.ids, np.uint32) for encoding in encoded]
+        checked = list(_checked(texts))
+        short = [text for text in checked if len(text) <= LONG_TEXT]
+        encoded = iter(self._encoder.encode_batch_fast(short))
+        return [self._long_ids(t) if len(t) > LONG_TEXT else np.array(next(encoded).ids, np.uint32) for t in checked]
+
+    def _long_ids(self, text: str) -> Ids:
+        """Ids of a text whose encoding would take too much memory at once."""
+        return np.concatenate([np.array(self._encoder.encode(piece).ids, np.uint32) for piece in pieces(text)])
 
     def to_json(self) -> dict[str, Any]:
         """See `Tokenizer`."""

@@ -24,6 +24,7 @@ from altgrad_jax.console import make_console
 from altgrad_jax.errors import UsageError
 from altgrad_jax.report.compare import compare, decisions, notes, table
 from altgrad_jax.report.export import check_out, write_report
+from altgrad_jax.report.results import other_windows
 from altgrad_jax.report.runs import read_runs, visible
 from altgrad_jax.report.statistics import MARGIN as DEFAULT_MARGIN
 from altgrad_jax.report.study import make_study
@@ -57,7 +58,7 @@ def main(names: list[str]) -> int:
     study = make_study(read_runs(names), folders, Path("report.html"), margin=MARGIN.value, first=True)
     rows = compare(study)
     console.print(table(rows))
-    for line in (*decisions(study), *study.merged, *notes(rows)):
+    for line in (*decisions(study), *study.merged, *other_windows(study), *notes(rows)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     return 0
 

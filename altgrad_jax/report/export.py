@@ -27,6 +27,7 @@ from altgrad_jax.report.results import (
     format_table,
     gains_table,
     gap_matrix,
+    other_windows,
     results_table,
     same_grids,
 )
@@ -124,7 +125,7 @@ def _no_formula(text: str) -> str:
 def as_markdown(study: Study, made: Mapping[str, Table], command: str) -> str:
     """The report without its charts."""
     lines = [f"# {_plain(question(study))}", "", *(f"- {_plain(sentence)}" for sentence in answer(study)), ""]
-    lines += [f"> {_plain(note)}\n" for note in (*study.merged, *same_grids(study))]
+    lines += [f"> {_plain(note)}\n" for note in (*study.merged, *same_grids(study), *other_windows(study))]
     if study.missing:
         lines += [f"> Missing of the matrix ({len(study.missing)}): {_plain(shortened(study.missing))}", ""]
     lines += _table("", ("", ""), ((name, what) for name, what in facts(study)))

@@ -21,7 +21,7 @@ from altgrad_jax.report.curves import gap_curves, loss_curves, rounded
 from altgrad_jax.report.facts import facts
 from altgrad_jax.report.failures import heat_maps
 from altgrad_jax.report.groups import shortened
-from altgrad_jax.report.results import same_grids
+from altgrad_jax.report.results import other_windows, same_grids
 from altgrad_jax.report.study import Comparison, Study
 
 LOST_MAPS = {"magnitude lost", "underflow"}  # what a condition that rounds has, and one in 16 bits has not
@@ -61,7 +61,7 @@ def render(document: Document) -> str:
         study=study,
         missing=shortened(study.missing),
         tables=document.tables,
-        notes=[*study.merged, *same_grids(study)],
+        notes=[*study.merged, *same_grids(study), *other_windows(study)],
         charts=specs,
         legend_curves=[(name, palette.curves.get(name, charts.INK)) for name in curves],
         legend_optimizers=[(name, " ".join(map(str, palette.dashes[name]))) for name in optimizers],

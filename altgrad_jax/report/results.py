@@ -39,6 +39,29 @@ def same_grids(study: Study) -> list[str]:
     return found
 
 
+def other_windows(study: Study) -> list[str]:
+    """That diagnostics were asked of other parts of a batch, between runs or within one, in words."""
+    asked: dict[str, list[int]] = {}
+    marked = []
+    for entry in study.compared:
+        config = entry.run.manifest.get("config")
+        diagnostics = config.get("diagnostics") if isinstance(config, dict) else None
+        if isinstance(diagnostics, dict) and "windows" in diagnostics:
+            asked.setdefault(str(diagnostics["windows"]), []).append(entry.number)
+        marked += [entry.number for record in entry.run.records if record.get("event") == "measured"]
+    found = []
+    if len(asked) > 1:
+        parts = [f"{windows} (runs {', '.join(map(str, of))})" for windows, of in asked.items()]
+        found.append(
+            f"diagnostics.windows differs: {'; '.join(parts)}. Rates and cosines are of other parts of a batch, and are"
+            " not to be compared between them; losses are not touched."
+        )
+    if marked:
+        runs = ", ".join(map(str, dict.fromkeys(marked)))
+        found.append(f"Within runs {runs} diagnostics were asked of another part of the batch from a restart on.")
+    return found
+
+
 def results_table(study: Study) -> Table:
     """Every group: losses, gap, and what its format did, means over seeds."""
     rows = []

@@ -15,7 +15,8 @@ from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.tracking import NOT_FINITE, Record, is_number
 
-# What must be equal for the losses of two runs to be compared: the data, the model's task, and how long it was learned.
+# What must be equal for the losses of two runs to be compared: the data, the model's task, how long it was learned, and
+# the windows that it was judged on.
 MUST_AGREE = (
     "task",
     "classify.labels_sha256",
@@ -29,6 +30,7 @@ MUST_AGREE = (
     "model.vocab_size",
     "model.tie_embeddings",
     "train.batch_size",
+    "train.eval_batches",
     "optimizer.schedule",
     "optimizer.decay_steps",
     "optimizer.warmup_steps",
@@ -102,7 +104,17 @@ def read_run(path: Path) -> Run:
     if not isinstance(identity, dict):
         identity = {}
         problems.append("manifest.json does not say what was run")
+    if identity:
+        identity = _judged_on(manifest) | identity
     return Run(path, visible(path.resolve().name), tuple(records), manifest, summary, tuple(problems), identity)
+
+
+def _judged_on(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How many batches of windows val/loss is of, from the configuration: identities of older runs do not have it."""
+    config = manifest.get("config")
+    train = config.get("train") if isinstance(config, dict) and config.get("task", "lm") == "lm" else None
+    batches = train.get("eval_batches") if isinstance(train, dict) else None
+    return {} if batches is None else {"train.eval_batches": batches}
 
 
 def visible(text: str) -> str:

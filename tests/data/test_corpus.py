@@ -88,6 +88,9 @@ def test_auto_that_means_something_else_is_told(tmp_path):
         {"corpus": {"source": "eurlex-lexglue"}},
     ):
         refuse_another_meaning(data, header, nothing, tmp_path)
+    data.name = "eurlex"
+    with pytest.raises(UserError, match="name=eurlex stands for lexglue now, and stood for eurlex57k when"):
+        refuse_another_meaning(data, header, {"corpus": {"source": "eurlex-eurlex57k"}}, tmp_path)
     data.name = "lexglue"
     refuse_another_meaning(data, header, began, tmp_path)  # another data hash is refused elsewhere
 

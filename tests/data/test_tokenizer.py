@@ -14,6 +14,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from altgrad_jax.data import tokenizer
 from altgrad_jax.data.tokenizer import (
     END_OF_TEXT,
     BpeTokenizer,
@@ -219,6 +220,20 @@ def test_bpe_and_gpt2_encode_as_the_reference(text):
     assert GPT2.encode(text).tolist() == reference_encoding(
         text, lambda i, j: id_of_bytes.get(BPE.table[i] + BPE.table[j])
     )
+
+
+@given(text=TEXTS | st.text("Article shal12'.é \n\u3000", max_size=60))
+@example(text="a  b\n\nc d. e' s isn't  \n")
+@settings(deadline=None)
+def test_long_texts_are_cut_where_no_token_lies_across(text):
+    """So the memory that `tokenizers` takes for them is bounded, and their tokens are what they were."""
+    whole = BPE.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LONG_TEXT", 3)
+        cut = list(tokenizer.pieces(text))
+        assert "".join(cut) == text and len(cut) <= 1 + len(text) // 3
+        np.testing.assert_array_equal(BPE.encode_batch(["x", text, "y z"])[1], whole)
+        assert BpeTokenizer.train(CORPUS, 390).merges == BPE.merges
 
 
 def test_merges_that_make_the_same_bytes_share_an_id():

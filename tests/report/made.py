@@ -89,7 +89,8 @@ def make_run(
     manifest = {
         "identity": known | dict(identity),
         "config": {
-            "seed": seed, "model": shape, "optimizer": settings, "precision": {"compute": "bfloat16", "rules": rules},
+            "seed": seed, "train": {"eval_batches": 20}, "model": shape, "optimizer": settings,
+            "precision": {"compute": "bfloat16", "rules": rules},
         }
         | dict(config),
         "audit": {"fp8_asked": 15 if rules else 0, "fp8_got": 0, "fp8_share": 0.0, "engines": {"XLA, bfloat16": 15}},

@@ -13,7 +13,14 @@ from altgrad_jax.report.curves import arrives_early, seconds_at, tokens_to_reach
 from altgrad_jax.report.facts import command as command_of
 from altgrad_jax.report.facts import search_table
 from altgrad_jax.report.failures import heat_maps, sweet_spots
-from altgrad_jax.report.results import equal_loss_table, format_table, gains_table, results_table, same_grids
+from altgrad_jax.report.results import (
+    equal_loss_table,
+    format_table,
+    gains_table,
+    other_windows,
+    results_table,
+    same_grids,
+)
 from altgrad_jax.report.runs import read_run, read_runs
 from altgrad_jax.report.study import Study, make_study
 from tests.report.made import BATCH, BLOCK, falling, make_matrix, make_run
@@ -135,6 +142,8 @@ def test_one_seed_says_so(tmp_path):
         ({"identity": {"optimizer.schedule": "linear"}}, "optimizer.schedule"),
         ({"identity": {"optimizer.warmup_steps": 50}}, "optimizer.warmup_steps"),
         ({"identity": {"train.batch_size": 16}}, "train.batch_size"),
+        ({"identity": {"train.eval_batches": 40}}, "train.eval_batches: 20 -> 40"),
+        ({"config": {"train": {"eval_batches": 2}}}, "train.eval_batches: 20 -> 2"),  # one of an older version
         ({"logged": 50, "status": "interrupted"}, "steps: 100 -> 50"),
     ],
 )
@@ -145,6 +154,16 @@ def test_runs_that_cannot_be_compared_are_set_apart(tmp_path, change, says):
     study = study_of(tmp_path)
     ((entry, reasons),) = study.apart
     assert entry.run.path == odd and says in "; ".join(reasons) and names(study) == ["bf16, adamw"]
+
+
+def test_diagnostics_of_other_windows_are_named(tmp_path):
+    for name, windows in (("a", 0), ("b", 4)):
+        make_run(tmp_path / name, recipe="e3m4" * (windows > 0) or "bf16", config={"diagnostics": {"windows": windows}})
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 100, "event": "measured", "event/reason": "diagnostics.windows: 0 -> 4"}\n')
+    differs, within = other_windows(study_of(tmp_path))
+    assert "0 (runs 1); 4 (runs 2)" in differs and "Within runs 2 " in within
+    assert other_windows(study_of(tmp_path / "a")) == []
 
 
 def test_a_diverged_run_is_a_result_without_a_loss(tmp_path):
