@@ -26,9 +26,6 @@ from altgrad_jax.tracking import read_metrics
 FIRST_STEP = 1
 GRADIENT = "quant/lm_head/gradient/underflow"
 CONTROL = "e8m7"
-OPTIMIZERS = ("adamw", "relative")
-PUBLISHED = Path(__file__).resolve().parents[1] / "docs/results/optimizers.json"
-PUBLISHED_SEEDS = (42, 43, 44)
 SIZES = ("learning_rate", "width", "vocabulary", "batch")  # in which a condition and its base agree
 BASE = {"recipe": "bf16", "optimizer": "adamw", "loss_scale": "1"}
 SHOWN = ("recipe", "layers", "vocabulary", "batch", "loss_scale")
@@ -103,15 +100,16 @@ def losses(runs: Iterable[Run], **facts: Any) -> dict[int, float]:
 
 
 def gaps(runs: list[Run], sweep: str) -> list[dict[str, Any]]:
-    """Of every condition of a sweep with AdamW to BF16 on the same seeds, one family."""
+    """Of a sweep's conditions with AdamW to BF16 on the same seeds, its own or else that of other sweeps; one family."""
     own = [run for run in runs if run.sweep == sweep and run.optimizer == "adamw"]
+    bases = [run for run in own if _is_base(run)] or [run for run in runs if _is_base(run)]
     rows, differences = [], []
     for like in {_facts(run): run for run in own if not _is_base(run)}.values():
-        of_base = {fact: getattr(like, fact) for fact in SIZES} | BASE
+        of_base = {fact: getattr(like, fact) for fact in SIZES}
         of_condition = [run for run in own if _facts(run) == _facts(like)]
         zeros = [run.zeros for run in of_condition if run.zeros is not None]
         rows.append({fact: getattr(like, fact) for fact in SHOWN} | {"zeros": mean(zeros) if zeros else None})
-        differences.append(shared_differences(losses(of_condition), losses(runs, **of_base)))
+        differences.append(shared_differences(losses(of_condition), losses(bases, **of_base)))
     return [row | figures(tested) for row, tested in zip(rows, decide(differences), strict=True)]
 
 
@@ -141,29 +139,6 @@ def control(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
         "gap to BF16 with AdamW": table(adamw, adamw["bf16"], "e4m3", "e5m2"),
         "not registered: gap to BF16 with AdamW": table(adamw, adamw["bf16"], "e3m4"),
         "not registered: relative's gap to relative in the control": table(relative, relative[CONTROL], *eight_bits),
-    }
-
-
-def quick_control(runs: list[Run], published: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Gains of docs/results/optimizers.json less the control's on the same seeds, at that size; one family.
-
-    Args:
-      runs: of all sweeps; those of the matrix "control" are the quick ones.
-      published: that file's results.
-    """
-    adamw, relative = (losses([run for run in runs if run.sweep == "control"], optimizer=o) for o in OPTIMIZERS)
-    of_control = {seed: adamw[seed] - relative[seed] for seed in adamw}
-
-    def gain(fmt: str) -> dict[int, float]:
-        pairs = zip(published[f"adamw, {fmt}"]["val_loss"], published[f"relative, {fmt}"]["val_loss"], strict=True)
-        return {seed: a - b for seed, (a, b) in zip(PUBLISHED_SEEDS, pairs, strict=True)}
-
-    gains = {fmt: gain(fmt) for fmt in ("e5m2", "e4m3", "e3m4", "e7m0")} | {CONTROL: of_control}
-    return {
-        "quick: gain of relative over AdamW in the control": table(
-            gains, dict.fromkeys(of_control, 0.0), CONTROL, gains=True
-        ),
-        "quick: published gain of relative less the control's": table(gains, of_control, *list(gains)[:-1], gains=True),
     }
 
 
@@ -268,11 +243,8 @@ def main() -> None:
     runs = [read(path.parent) for folder in given.folders for path in sorted(folder.glob("*/summary.json"))]
     commands = [json.loads((folder / "matrix.json").read_text())["command"] for folder in given.folders]
     tables = {name: gaps(runs, name) for name in dict.fromkeys(run.sweep for run in runs) if "control" not in name}
-    sweeps = {run.sweep for run in runs}
-    if "control-tiny" in sweeps:
+    if any(run.sweep == "control-tiny" for run in runs):
         tables |= control(runs)
-    if "control" in sweeps:
-        tables |= quick_control(runs, json.loads(PUBLISHED.read_text())["results"])
     for name, rows in tables.items():
         print(f"{name}\n\n{markdown(rows)}\n")
     if given.picture:
