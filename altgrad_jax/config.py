@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from altgrad_jax.diagnostics.questions import parse_questions
@@ -22,6 +23,7 @@ from altgrad_jax.optimizers.manifold import FORMS, PLACEMENTS
 from altgrad_jax.optimizers.rules import optimizer_violations
 from altgrad_jax.optimizers.stored import MOMENTS
 from altgrad_jax.precision.policy import BACKENDS, KERNELS, parse_rule
+from altgrad_jax.precision.reals import float32_fault, seed_fault
 from altgrad_jax.stability import stability_violations
 from altgrad_jax.weights import STORAGES
 
@@ -59,7 +61,6 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = (
     *(
-        "seed",
         "data.vocab_size",
         "train.loss_chunk",
         "diagnostics.quant_every",
@@ -74,6 +75,7 @@ NOT_NEGATIVE = (
     *("classify.min_documents", "classify.max_windows", "classify.positive_weight"),
     *("optimizer.other_learning_rate", "stability.rewinds", "stability.fallback_stall", "runtime.peak_tflops"),
 )
+LARGEST_INT = 2**31 - 1
 DIAGNOSTIC_INTERVALS = ("diagnostics.quant_every", "diagnostics.shadow_every")
 FRACTIONS = ("model.dropout", "optimizer.min_lr_ratio", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
 
@@ -203,6 +205,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _violations(config: ConfigDict) -> Iterator[str]:
+    yield from _number_violations(config)
     for key, choices in CHOICES.items():
         value = get(config, key)
         if value not in choices:
@@ -211,13 +214,14 @@ def _violations(config: ConfigDict) -> Iterator[str]:
         if get(config, key) < 1:
             yield f"config.{key}={get(config, key)} must be at least 1"
     for key in NOT_NEGATIVE:
-        value = get(config, key)
-        if not (math.isfinite(value) and value >= 0):
-            yield f"config.{key}={value} must be 0 or more"
+        if get(config, key) < 0:
+            yield f"config.{key}={get(config, key)} must be 0 or more"
     for key in FRACTIONS:
         value = get(config, key)
-        if not 0 <= value <= 1 or (value == 1 and key != "optimizer.min_lr_ratio"):
-            yield f"config.{key}={value} must lie between 0 and 1"
+        with np.errstate(over="ignore"):
+            rounded = np.float32(value)
+        if value < 0 or rounded > 1 or (rounded == 1 and key != "optimizer.min_lr_ratio"):
+            yield f"config.{key}={value} must lie between 0 and 1" + (", in float32 too" if 0 <= value < 1 else "")
     if config.optimizer.eps <= 0:
         yield f"config.optimizer.eps={config.optimizer.eps} must be above 0"
     yield from _precision_violations(config)
@@ -232,6 +236,18 @@ def _violations(config: ConfigDict) -> Iterator[str]:
             yield "the question 'sensitivity' is of next tokens, leave it out with config.task=classify"
     yield from _cross_field_violations(config)
     yield from _dispatch_violations(config)
+
+
+def _number_violations(config: ConfigDict) -> Iterator[str]:
+    """Numbers that are others in the arithmetic of a run: float32, int32, and uint32 for the seed."""
+    if why := seed_fault(config.seed):
+        yield f"config.seed={config.seed} {why}"
+    for key in leaves(config):
+        value = get(config, key)
+        if isinstance(value, float) and (why := float32_fault(value)):
+            yield f"config.{key}={value} must {why}"
+        elif type(value) is int and key != "seed" and value > LARGEST_INT:
+            yield f"config.{key}={value} must be at most {LARGEST_INT} (2^31 - 1)"
 
 
 def _precision_violations(config: ConfigDict) -> Iterator[str]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax.errors import UsageError
+from altgrad_jax.precision.reals import float32_fault
 
 Array = jax.Array
 DYNAMIC = "dynamic"
@@ -56,7 +57,7 @@ def parse_loss_scale(text: str) -> LossScale:
     """From `config.train.loss_scale`: a number or "dynamic".
 
     Raises:
-      UsageError: it is neither, or not above 0 and finite.
+      UsageError: it is neither, or not above 0, or float32 lacks it or its inverse.
     """
     if text == DYNAMIC:
         return LossScale(None)
@@ -64,8 +65,10 @@ def parse_loss_scale(text: str) -> LossScale:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    if not value > 0:
         raise UsageError(f"config.train.loss_scale={text!r} is neither a number above 0 nor {DYNAMIC!r}")
+    if why := float32_fault(value, inverse=True):
+        raise UsageError(f"config.train.loss_scale={text!r} must {why}")
     return LossScale(value)
 
 

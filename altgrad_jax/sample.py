@@ -48,7 +48,7 @@ TOKENS = flags.DEFINE_integer("tokens", 100, "Tokens to generate.", lower_bound=
 SAMPLES = flags.DEFINE_integer("samples", 1, "Texts to generate.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 takes the likeliest.", lower_bound=0.0)
 TOP_K = flags.DEFINE_integer("top_k", 50, "Draw from the k likeliest tokens; 0: from all.", lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def draw(logits_BV: Array, key: Array, temperature: Array | float, top_k: int, vocab_size: int) -> Array:

@@ -8,7 +8,7 @@ import sys
 import ml_collections
 import pytest
 
-from altgrad_jax.config import CHOICES, check_devices, check_keys, load_config, validate
+from altgrad_jax.config import CHOICES, check_devices, check_keys, get, load_config, validate
 from altgrad_jax.errors import UsageError
 from tests.runs import ROOT
 
@@ -74,7 +74,7 @@ def test_every_config_file_is_valid_and_locked(variant):
         ({"train__steps": 0}, "config.train.steps=0 must be at least 1"),
         ({"stability__nan_patience": 0}, "config.stability.nan_patience=0 must be at least 1"),
         ({"checkpoint__max_to_keep": 0}, "config.checkpoint.max_to_keep=0 must be at least 1"),
-        ({"optimizer__learning_rate": math.inf}, "config.optimizer.learning_rate=inf must be 0 or more"),
+        ({"optimizer__learning_rate": math.inf}, "config.optimizer.learning_rate=inf must be finite"),
         ({"optimizer__grad_clip": -1.0}, "config.optimizer.grad_clip=-1.0 must be 0 or more"),
         ({"optimizer__b1": 1.0}, "config.optimizer.b1=1.0 must lie between 0 and 1"),
         ({"model__dropout": -0.1}, "config.model.dropout=-0.1 must lie between 0 and 1"),
@@ -94,8 +94,47 @@ def test_values_that_cannot_work_are_named(changes, says):
 
 
 def test_all_violations_are_reported_at_once():
-    with pytest.raises(UsageError, match=r"train.steps=0 .*; .*seed=-1 .*; .*n_embd=100 "):
+    with pytest.raises(UsageError, match=r"seed=-1 .*; .*train.steps=0 .*; .*n_embd=100 "):
         validate(changed(train__steps=0, seed=-1, model__n_embd=100))
+
+
+REALS = [key for key in sorted(leaves(load_config(BF16))) if isinstance(get(load_config(BF16), key), float)]
+NO_FLOAT32 = {
+    math.nan: "must be finite",
+    -math.inf: "must be finite",
+    3.5e38: "must be finite in float32, whose largest number is 3.4e+38",
+    1e-46: "must be 0 or at least 1.18e-38, below which float32 may be taken for 0",
+    1e-39: "must be 0 or at least 1.18e-38, below which float32 may be taken for 0",
+}
+
+
+@pytest.mark.parametrize("key", REALS)
+def test_reals_that_float32_lacks_are_refused(key):
+    assert len(REALS) > 15
+    for value, says in NO_FLOAT32.items():
+        with pytest.raises(UsageError) as caught:
+            validate(changed(**{key.replace(".", "__"): value}))
+        assert f"config.{key}={value} {says}" in str(caught.value)
+
+
+def test_fractions_that_are_one_in_float32():
+    for key in ("optimizer__b2", "model__dropout", "optimizer__momentum"):
+        with pytest.raises(UsageError, match=r"=0\.99999999 must lie between 0 and 1, in float32 too"):
+            validate(changed(**{key: 0.99999999, "optimizer__name": "grid"}))
+
+
+def test_seeds_that_would_repeat_others():
+    for seed in (0, 2**31, 2**32 - 1):
+        validate(changed(seed=seed))
+    for seed in (-1, 2**32, 2**32 + 7, 2**63, 2**70):
+        with pytest.raises(UsageError, match=rf"^config.seed={seed} must lie between 0 and 4294967295 \(2\^32 - 1\); "):
+            validate(changed(seed=seed))
+
+
+def test_whole_numbers_that_int32_lacks():
+    for key in ("train__steps", "optimizer__warmup_steps", "classify__max_windows", "model__n_layer"):
+        with pytest.raises(UsageError, match=r"=2147483648 must be at most 2147483647 \(2\^31 - 1\)"):
+            validate(changed(**{key: 2**31}))
 
 
 @pytest.mark.parametrize(

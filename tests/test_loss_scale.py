@@ -33,9 +33,15 @@ TOKENS = np.random.default_rng(0).integers(0, 31, (1, 1, 12, 17)).astype(np.int3
 # The state machine.
 
 
+@pytest.mark.parametrize("text", ["3.41e38", "1e-39", "1e38"])
+def test_scales_that_float32_lacks_or_whose_inverse_it_does(text):
+    with pytest.raises(UsageError, match=f"^config.train.loss_scale='{text}' must be .*float32"):
+        parse_loss_scale(text)
+
+
 @pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "-inf", "0", "-1", "1e400", "Dynamic", "2**3", "dynamic "])
 def test_what_is_no_scale(text):
-    with pytest.raises(UsageError, match="is neither a number above 0 nor 'dynamic'") as caught:
+    with pytest.raises(UsageError, match="is neither a number above 0 nor 'dynamic'|must be finite$") as caught:
         parse_loss_scale(text)
     assert str(caught.value).startswith(f"config.train.loss_scale={text!r}")
 

@@ -9,7 +9,7 @@ from tests.test_cli_errors import assert_one_line
 BY_NAME: dict[str, tuple[str, list[str]]] = {
     "unknown recipe": ("format.py:hybird,quick", ["unknown recipe or format 'hybird'", "did you mean 'hybrid'?"]),
     "unknown format": ("format.py:e5m2x,quick", ["unknown recipe or format 'e5m2x'", "did you mean 'e5m2"]),
-    "format too wide": ("format.py:e9m9", ["e9m9 has 19 bits with its sign; 2 to 16 are possible"]),
+    "format too wide": ("format.py:e9m9", ["has 19 bits with its sign; 2 to 16 are possible"]),
     "powers of two": ("format.py:e8m0fnu", ["e8m0fnu", "holds only powers of two"]),
     "impossible format": ("format.py:e3m4:nan=ieee,quick", ["e3m4:nan=ieee", "needs inf=1"]),
     "unknown option": ("format.py:e5m2 scalling=current,quick", ["'scalling'", "did you mean 'scaling'?"]),

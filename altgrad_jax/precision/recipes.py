@@ -15,11 +15,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from altgrad_jax.precision.formats import FloatFormat, get_format
+from altgrad_jax.precision.reals import float32_fault
 from altgrad_jax.precision.rounding import OVERFLOWS, ROUNDINGS
 
 ROLES = ("activation", "weight", "gradient")
 SCALINGS = ("none", "static", "current", "delayed", "mx")
 GRANULARITIES = ("tensor", "channel")
+MAX_HISTORY = 1 << 16  # one number a step is kept for each operand
 MX_BLOCK = 32  # OCP Microscaling Formats specification 1.0
 
 
@@ -193,10 +195,12 @@ def _apply(roles: dict[str, RoleRecipe], key: str, value: str, text: str) -> Non
 def _check(role: str, recipe: RoleRecipe, text: str) -> None:
     if not (recipe.fmt.signed and recipe.fmt.has_zero):
         raise ValueError(f"recipe {text!r}: {recipe.fmt.name} holds only powers of two, it cannot be a layer's format")
-    if recipe.history < 1:
-        raise ValueError(f"recipe {text!r}: history={recipe.history} must be at least 1")
-    if not recipe.scale > 0 or recipe.scale == float("inf"):
-        raise ValueError(f"recipe {text!r}: scale={recipe.scale} must be above 0 and finite")
+    if not 1 <= recipe.history <= MAX_HISTORY:
+        raise ValueError(f"recipe {text!r}: history={recipe.history} must lie between 1 and {MAX_HISTORY} steps")
+    if not recipe.scale > 0:
+        raise ValueError(f"recipe {text!r}: scale={recipe.scale} must be above 0")
+    if why := float32_fault(recipe.scale, inverse=True):
+        raise ValueError(f"recipe {text!r}: scale={recipe.scale} must {why}")
     if not 0 <= recipe.margin <= 32:
         raise ValueError(f"recipe {text!r}: margin={recipe.margin} must lie between 0 and 32 binades")
     if recipe.pow2 not in (0, 1):

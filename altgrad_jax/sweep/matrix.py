@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 
 from altgrad_jax.config import get, leaves, validate
 from altgrad_jax.errors import UsageError
+from altgrad_jax.precision.reals import seed_fault
 from altgrad_jax.precision.recipes import PLAIN, parse_recipe
 
+LARGEST_SEED = 2**31 - 1  # lanes carry their seeds as int32
 AXES = ("recipe", "optimizer", "layers", "rate", "seed")
 PLAIN_CONFIG = "bf16"  # what commands of single conditions start from
 
@@ -97,8 +99,9 @@ def _check_elements(matrix: ConfigDict) -> None:
     for axis, (kind, called) in kinds.items():
         if wrong := [x for x in matrix[axis] if not isinstance(x, kind) or isinstance(x, bool)]:
             raise UsageError(f"config.{axis}: {wrong[0]!r} is none of the {called} that it takes")
-    if wrong := [seed for seed in matrix.seeds if not 0 <= seed < 2**31]:
-        raise UsageError(f"config.seeds: {wrong[0]} is not from 0 to 2^31 - 1")
+    for seed in matrix.seeds:
+        if why := seed_fault(seed, LARGEST_SEED):
+            raise UsageError(f"config.seeds: {seed} {why}")
 
 
 def _pairs(matrix: ConfigDict, axis: str) -> dict[str, str]:

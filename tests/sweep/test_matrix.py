@@ -104,7 +104,7 @@ def test_a_condition_names_the_command_that_would_run_it_alone():
         ({"optimizers": ()}, "config.optimizers=.* must name one or more"),
         ({"seeds": (1, 1)}, "none of them twice"),
         ({"seeds": (0, "a")}, "config.seeds: 'a' is none of the whole numbers"),
-        ({"seeds": (0, 2**31)}, "2147483648 is not from 0"),
+        ({"seeds": (0, 2**31)}, "2147483648 must lie between 0 and 2147483647 "),
         ({"rates": ("x",)}, "config.rates: 'x' is none of the numbers"),
         ({"exclude": (1,)}, "config.exclude: 1 is none of the texts"),
         ({"recipes": (("a", "e5m2"), ("a", "e4m3"))}, "more than once"),
