@@ -100,7 +100,7 @@ def losses(runs: Iterable[Run], **facts: Any) -> dict[int, float]:
 
 
 def gaps(runs: list[Run], sweep: str) -> list[dict[str, Any]]:
-    """Of a sweep's conditions with AdamW to BF16 on the same seeds, its own or else that of other sweeps; one family."""
+    """Of a sweep's conditions with AdamW to BF16 on the same seeds, its own or else other sweeps'; one family."""
     own = [run for run in runs if run.sweep == sweep and run.optimizer == "adamw"]
     bases = [run for run in own if _is_base(run)] or [run for run in runs if _is_base(run)]
     rows, differences = [], []
