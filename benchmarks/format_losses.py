@@ -44,9 +44,9 @@ def main() -> None:
         for row in results.values():
             row["gap_to_bf16"] = gap(row["val_loss"], results["bf16"]["val_loss"])
     write_results(f"{arguments.out}.json" if arguments.out else None, results)
-    print(markdown(results))
+    print(markdown(joined(results)))
     if arguments.out:
-        plot(results, Path(f"{arguments.out}.png"))
+        plot(joined(results), Path(f"{arguments.out}.png"))
 
 
 def collect(workdir: Path, name: str, seeds: list[int]) -> dict:
@@ -94,6 +94,14 @@ def worst_layers(records: list[dict]) -> dict[str, tuple[str, float]]:
         layer = min(cosines, key=lambda name: cosines[name])
         found["cosine"] = (layer, cosines[layer])
     return found
+
+
+def joined(results: dict) -> dict:
+    """Conditions whose losses agree to the last digit with every seed are one experiment, and one row: "e0m7, e1m6"."""
+    names: dict[tuple, list[str]] = {}
+    for name, row in results.items():
+        names.setdefault(tuple(row["val_loss"]), []).append(name)
+    return {", ".join(of_one): results[of_one[0]] for of_one in names.values()}
 
 
 def markdown(results: dict) -> str:

@@ -128,3 +128,9 @@ def test_pages_say_the_headline_in_the_same_words_and_with_the_datas_numbers():
         assert one["recipe"] == "e3m4" and one["n"] == 16
         assert f"{one['mean']:.3f}" in said and f"[{one['low']:.3f}, {one['high']:.3f}]" in said
     assert f"{-published['mean']:.3f} in e5m2" in said
+
+
+def test_one_experiment_under_two_names_is_one_row(benchmark_file):
+    rows = {"bf16": [4.0, 4.1], "e2m5": [5.0, 5.1], "e0m7": [6.0, 6.1], "e1m6": [6.0, 6.1], "e3m4": [5.0, 5.2]}
+    found = benchmark_file("format_losses").joined({name: {"val_loss": losses} for name, losses in rows.items()})
+    assert list(found) == ["bf16", "e2m5", "e0m7, e1m6", "e3m4"]
