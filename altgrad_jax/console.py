@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from altgrad_jax.stability import no_step
+
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, at most one line so often, evaluations apart
 PLAIN_WIDTH = 140
 # What an evaluation's line says beside the loss, where it is there.
@@ -50,13 +52,14 @@ class ConsoleSink:
     def __init__(self, console: RichConsole, first_step: int, total_steps: int, earlier: Iterable[dict[str, Any]] = ()):
         """Starts the display at `first_step` of `total_steps`.
 
-        `earlier` is what earlier sessions logged up to there: an evaluation is the best only if it beats theirs.
+        `earlier` is what earlier sessions logged up to there: an evaluation is the best only if it beats theirs, and
+        if a step has been taken.
         """
         self._console, self._first, self._total = console, first_step, total_steps
         self._last_line = -math.inf
         # What the time left is told by: the first step seen, and when. The steps before it compiled their programs.
         self._since: tuple[int, float] | None = None
-        losses = (record["val/loss"] for record in earlier if "val/loss" in record)
+        losses = (record["val/loss"] for record in earlier if "val/loss" in record and not no_step(record))
         self._best = min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -90,7 +93,7 @@ class ConsoleSink:
     def _print_evaluation(self, step: int, record: dict[str, Any], now: str) -> None:
         loss = record["val/loss"]
         mark = ""
-        if loss < self._best:
+        if loss < self._best and not no_step(record):
             mark, self._best = "  best", loss
         floor = f"  above floor {record['val/loss_above_floor']:.4f}" if "val/loss_above_floor" in record else ""
         eta = self._eta(step) if self._bar is None else ""

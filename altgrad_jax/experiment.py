@@ -22,6 +22,7 @@ from altgrad_jax.diagnose import make_diagnose_step, make_update_measure, measur
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.evaluation import Evaluation, LanguageEvaluation, label_evaluation
 from altgrad_jax.flops import model_flops_per_token
+from altgrad_jax.loss_scale import all_finite
 from altgrad_jax.model import attention_implementation
 from altgrad_jax.parallel import RunDiagnose, RunUpdateMeasure
 from altgrad_jax.program import Program, build_program
@@ -67,6 +68,10 @@ class Experiment(Program):
             operations = tokens_per_second * model_flops_per_token(self.model)
             record["train/mfu"] = operations / (self.peak_flops * self.parallel.device_count)
         return record
+
+    def finite_weights(self, state: TrainState) -> bool:
+        """Whether all weights are numbers."""
+        return bool(_all_finite(self.parallel.on_one_device(state.params)))
 
     def evaluate(self, state: TrainState) -> Record:
         """What `evaluation` says of a state, `val/loss` among it."""
@@ -114,6 +119,7 @@ class Experiment(Program):
 
 
 _spectra = jax.jit(measure_spectra)
+_all_finite = jax.jit(all_finite)
 
 
 @jax.jit

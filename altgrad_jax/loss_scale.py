@@ -2,7 +2,8 @@
 
 Gradients of a mean loss are tiny; a format without a scale of its own sees zeros. A factor on the loss lifts all of
 them at once (Micikevicius et al. 2018, arXiv 1710.03740). "dynamic" finds it: halved, and the step left out, when a
-gradient is not finite; doubled after 1000 steps in a row that were.
+gradient is not finite, or was saturated under a scale that does not follow it; doubled after 1000 steps in a row in
+which none was.
 """
 
 import math
@@ -19,6 +20,7 @@ Array = jax.Array
 DYNAMIC = "dynamic"
 INITIAL = 2.0**16
 LARGEST = 2.0**24
+SMALLEST = 1.0
 GROWTH_STEPS = 1000
 
 
@@ -42,14 +44,14 @@ class LossScale:
         """What the loss is multiplied by in this step."""
         return state["scale"] if self.fixed is None else self.fixed
 
-    def next(self, state: dict[str, Array], finite: Array) -> dict[str, Array]:
-        """The state after a step whose gradients were all finite, or not."""
+    def next(self, state: dict[str, Array], fitted: Array) -> dict[str, Array]:
+        """The state after a step whose gradients all fitted into their formats and were finite, or not."""
         if self.fixed is not None:
             return {}
-        good = jnp.where(finite, state["good_steps"] + 1, 0)
+        good = jnp.where(fitted, state["good_steps"] + 1, 0)
         grown = jnp.minimum(state["scale"] * 2, LARGEST)
         kept = jnp.where(good == GROWTH_STEPS, grown, state["scale"])
-        scale = jnp.where(finite, kept, jnp.maximum(state["scale"] / 2, 1.0))
+        scale = jnp.where(fitted, kept, jnp.maximum(state["scale"] / 2, SMALLEST))
         return {"scale": scale, "good_steps": jnp.where(good == GROWTH_STEPS, 0, good)}
 
 

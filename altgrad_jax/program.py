@@ -156,7 +156,8 @@ def build_program(config: ConfigDict, devices: list[jax.Device] | None = None, t
     optimizer = make_optimizer(
         config.optimizer, config.train.steps, weights.formats, config.seed, config.stability.relative_clip
     )
-    counting = Counting(config.stability.skip_nonfinite, "gradients" in parse_questions(config.diagnostics.questions))
+    skips = config.stability.skip_nonfinite or loss_scale.fixed is None
+    counting = Counting(skips, "gradients" in parse_questions(config.diagnostics.questions))
     parallel = DataParallel(config.parallel.devices, devices)
     # Small chunks save memory where it is slow to fault in, large ones keep an accelerator busy.
     chunk = config.train.loss_chunk or (256 if on_cpu() else 4096)

@@ -22,6 +22,7 @@ from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
 from altgrad_jax.precision.audit import Audit
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
+from altgrad_jax.stability import no_step
 from altgrad_jax.tracking import Record, json_value, read_metrics
 from altgrad_jax.weights import tree_bytes
 from altgrad_jax.workdir import MANIFEST, Workdir
@@ -36,12 +37,14 @@ class Progress:
       seconds: wall time over all sessions.
       compile_seconds: time that compiling the training step took in this session.
       parameter_sha256: hash of the final parameters; None unless the run has finished.
+      reason: why it has diverged; "" where it has not.
     """
 
     step: int
     seconds: float
     compile_seconds: float
     parameter_sha256: str | None
+    reason: str = ""
 
 
 def write_manifest(
@@ -181,6 +184,7 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
         "summary.json",
         {
             "status": status,
+            **({"reason": progress.reason} if progress.reason else {}),
             "step": progress.step,
             "final": {key: json_value(value) for key, value in final.items()},
             "best_val_loss": json_value(_best(records)),
@@ -196,8 +200,9 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
 
 
 def _best(records: list[Record]) -> float:
-    """The lowest validation loss that is a number; NaN without one."""
-    return min((r["val/loss"] for r in records if not math.isnan(r.get("val/loss", math.nan))), default=math.nan)
+    """The lowest finite validation loss; NaN without one, and where no step was taken."""
+    losses = [r["val/loss"] for r in records if math.isfinite(r.get("val/loss", math.nan))]
+    return min(losses, default=math.nan) if any("train/loss" in r and not no_step(r) for r in records) else math.nan
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -4,7 +4,8 @@
     fallback   a layer that has failed goes on in a format with more mantissa bits; formats are traced values then, so
                nothing is compiled again
     rewind     a run that would end as diverged goes back to its last checkpoint and on with later batches
-    diverged   `nan_patience` steps in a row without a finite loss, or left out, end the run
+    diverged   `nan_patience` steps in a row without a finite loss, or left out, end the run; so does a gradient that is
+               too large at the smallest dynamic loss scale, and an end that is not finite or reached without a step
 
 Decisions are made on the host from a step's record and the state after it, and nothing else, so a run that is stopped
 and resumed decides as one that never was. Every one of them is an event: a record with the key `event`.
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from altgrad_jax.loss_scale import SMALLEST
 from altgrad_jax.precision.formats import get_format
 from altgrad_jax.precision.policy import Policy, parse_rule
 from altgrad_jax.precision.recipes import ROLES
@@ -29,7 +31,7 @@ Record = dict[str, Any]
 
 @dataclass
 class DivergenceWatch:
-    """Decides when a run has diverged.
+    """Decides when a run has diverged, and says why.
 
     The counts of consecutive steps without a finite loss, and of those left out, are kept in the TrainState, on the
     device, so they survive a restart and do not depend on how often metrics are logged or which trackers are on.
@@ -40,20 +42,35 @@ class DivergenceWatch:
 
     patience: int
 
-    def diverged(self, record: Record) -> bool:
-        """Whether this step's metrics end the run."""
-        in_a_row = max(record["train/nonfinite_steps"], record.get("train/skipped_in_a_row", 0))
-        return int(in_a_row) >= self.patience
+    def diverged(self, record: Record) -> str:
+        """Why this step's metrics end the run; "" if they do not."""
+        nonfinite, skipped = int(record["train/nonfinite_steps"]), int(record.get("train/skipped_in_a_row", 0))
+        if record.get("train/skipped") and record.get("train/loss_scale") == SMALLEST:
+            return f"gradients are not finite, or saturate, at the smallest loss scale, {SMALLEST:g}"
+        if skipped >= self.patience:
+            scale = record.get("train/loss_scale")
+            return f"{skipped} steps in a row were left out" + (f", down to a loss scale of {scale:g}" if scale else "")
+        return f"{nonfinite} steps in a row had no finite loss" if nonfinite >= self.patience else ""
 
 
-def healthy(record: Record) -> bool:
-    """Whether a state with these metrics is worth a checkpoint: its loss and gradient are finite.
+def unhealthy(record: Record, finite_weights: bool) -> str:
+    """Why a state with these metrics is not worth a checkpoint; "" if it is.
 
-    A gradient that is not finite has already spoilt the parameters, whatever the loss before the update said;
-    except where the update was left out.
+    Args:
+      record: of the step that led to the state. A step that was left out says nothing of it.
+      finite_weights: whether all its weights are finite.
     """
-    finite = math.isfinite(record["train/loss"]) and math.isfinite(record["train/grad_norm"])
-    return finite or record.get("train/skipped") == 1.0
+    spoilt = [] if finite_weights else ["the weights"]
+    names = {"train/loss": "the loss", "train/grad_norm": "the gradient"} if not record.get("train/skipped") else {}
+    names |= {"val/loss": "the validation loss", "test/loss": "the test loss"}
+    spoilt += [name for key, name in names.items() if not math.isfinite(record.get(key, 0.0))]
+    return f"not finite at step {record['step']}: {', '.join(spoilt)}" if spoilt else ""
+
+
+def no_step(record: Record) -> str:
+    """Says that a run with this record has taken no step so far, all having been left out; "" if it has."""
+    taken = record["step"] > record.get("train/skipped_steps", 0)
+    return "" if taken else f"no step was taken: all {record['step']} were left out"
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,8 @@ class Fallback:
 
     Attributes:
       formats: names, from least to most mantissa bits.
-      patience: consecutive steps left out before the layers with NaN or overflow, all if none shows any, fall back.
+      patience: consecutive steps left out before the layers with NaN or overflow, all if none shows any, fall back;
+        0: never, as under a dynamic loss scale, which leaves steps out while it looks for its size.
       stall: share of a layer's updates lost in rounding above which it falls back; 0: never.
     """
 
@@ -73,7 +91,7 @@ class Fallback:
     def due_by_skips(self, record: Record) -> bool:
         """Whether so many steps in a row were left out that something has to change."""
         skipped = int(record.get("train/skipped_in_a_row", 0))
-        return skipped > 0 and skipped % self.patience == 0
+        return self.patience > 0 and skipped > 0 and skipped % self.patience == 0
 
     def stalled(self, record: Record, policy: Policy) -> dict[str, str]:
         """Layers whose weights stand still, each with the reason."""
@@ -87,12 +105,16 @@ class Fallback:
         return found
 
     def spoilt(self, answers: Mapping[str, Any], policy: Policy) -> dict[str, str]:
-        """Layers to blame for steps left out: those with NaN, else those that overflow, else all; each with why."""
+        """Layers to blame for steps left out: those that make NaN, else those that overflow, else all; each with why.
+
+        An operand into which an infinity or NaN came is not to blame for what it became.
+        """
         for what, text in (("nan", "NaN"), ("overflow", "overflow")):
             found = {}
             for plan in policy.plans:
-                rates = {role: answers.get(f"quant/{plan.path}/{role}/{what}", 0.0) for role in plan.roles}
-                if bad := [role for role, rate in rates.items() if rate > 0]:
+                seen = {role: f"quant/{plan.path}/{role}/" for role in plan.roles}
+                bad = [r for r, of in seen.items() if answers.get(of + what) and not answers.get(of + "nonfinite")]
+                if bad:
                     found[plan.path] = f"{text} in {' and '.join(bad)} during steps left out"
             # One NaN makes everything behind it NaN: the layers where all are tell nothing of the cause.
             if found and len(found) < len(policy.plans):
@@ -123,7 +145,8 @@ def make_fallback(stability: ConfigDict) -> Fallback | None:
     """From `config.stability`; None where it is off."""
     if not stability.fallback:
         return None
-    return Fallback(tuple(stability.fallback_formats), stability.fallback_patience, stability.fallback_stall)
+    patience = stability.fallback_patience if stability.skip_nonfinite else 0
+    return Fallback(tuple(stability.fallback_formats), patience, stability.fallback_stall)
 
 
 def event(step: int, kind: str, reason: str, **more: Any) -> Record:

@@ -40,17 +40,18 @@ class Counting:
     """What a step does and counts beside training; nothing by default.
 
     Attributes:
-      skip_nonfinite: leave out updates of steps with a loss or gradient that is not finite.
+      skips: leave out updates of steps with a loss or gradient that is not finite, and count them; so does a dynamic
+        loss scale.
       quiet_units: count for how many steps each unit has had no gradient (`diagnostics.gradients.quiet_steps`).
     """
 
-    skip_nonfinite: bool = False
+    skips: bool = False
     quiet_units: bool = False
 
     def init(self, params: Any) -> dict[str, Any]:
         """The counters before the first step, int32: `skipped`, `skipped_in_a_row`, `quiet`; those that are kept."""
         counters: dict[str, Any] = {}
-        if self.skip_nonfinite:
+        if self.skips:
             counters |= {"skipped": jnp.zeros((), jnp.int32), "skipped_in_a_row": jnp.zeros((), jnp.int32)}
         if self.quiet_units:
             counters["quiet"] = init_counts(params)
@@ -94,8 +95,8 @@ def make_train_step(
     Gradients are averaged over microbatches, then over devices; metrics are float32 scalars of the whole batch:
     `train/loss` (nats per token), `train/grad_norm` (before clipping), `train/learning_rate`, and the int32
     `train/nonfinite_steps` of the state; with a dynamic loss scale also `train/loss_scale`, and with that or
-    `counting.skip_nonfinite` `train/skipped`, 1 for a step that was left out because something was not finite, and
-    with the latter the counters `train/skipped_steps` and `train/skipped_in_a_row`.
+    `counting.skips` `train/skipped`, 1 for a step that was left out, because something was not finite or, under a
+    dynamic scale, saturated; with the latter the counters `train/skipped_steps` and `train/skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, tokens_ABT1: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -111,6 +112,7 @@ def make_train_step(
         given = {} if grids is None else {"grids": grids}
         updates, opt_state = optimizer.update(grads, state.opt_state, params, **given)
         nonfinite = jnp.where(jnp.isfinite(loss), 0, state.nonfinite_steps + 1)
+        stats = policy.gather(weight_stats, probes, AXIS)
         metrics = {
             "train/loss": loss,
             "train/grad_norm": optax.tree.norm(grads),
@@ -123,23 +125,25 @@ def make_train_step(
             params=weights.pack(weights.apply(params, updates, grids), params, state.quant),
             opt_state=opt_state,
             nonfinite_steps=nonfinite,
-            quant=policy.update(state.quant, policy.gather(weight_stats, probes, AXIS)),
+            quant=policy.update(state.quant, stats),
         )
         if counting.quiet_units:
             new = replace(new, counters=new.counters | {"quiet": quiet_steps(state.counters["quiet"], grads)})
-        if loss_scale.fixed is None or counting.skip_nonfinite:
-            finite = all_finite(grads) & (jnp.isfinite(loss) if counting.skip_nonfinite else True)
-            metrics["train/skipped"] = jnp.where(finite, 0.0, 1.0)
+        if loss_scale.fixed is None or counting.skips:
+            good = all_finite(grads) & jnp.isfinite(loss)
+            if loss_scale.fixed is None:
+                good &= ~jnp.asarray(policy.overflowed(state.quant, stats))
+            metrics["train/skipped"] = jnp.where(good, 0.0, 1.0)
             before, after = (state.params, state.opt_state), (new.params, new.opt_state)
-            kept_params, opt_state = jax.tree.map(partial(jnp.where, finite), after, before)
+            kept_params, opt_state = jax.tree.map(partial(jnp.where, good), after, before)
             new = replace(new, params=kept_params, opt_state=opt_state)
         if loss_scale.fixed is None:
             metrics["train/loss_scale"] = factor
-            new = replace(new, loss_scale=loss_scale.next(state.loss_scale, finite))
-        if counting.skip_nonfinite:
+            new = replace(new, loss_scale=loss_scale.next(state.loss_scale, good))
+        if counting.skips:
             skipped = {
-                "skipped": jnp.where(finite, 0, 1) + state.counters["skipped"],
-                "skipped_in_a_row": jnp.where(finite, 0, 1 + state.counters["skipped_in_a_row"]),
+                "skipped": jnp.where(good, 0, 1) + state.counters["skipped"],
+                "skipped_in_a_row": jnp.where(good, 0, 1 + state.counters["skipped_in_a_row"]),
             }
             metrics["train/skipped_steps"] = skipped["skipped"]
             metrics["train/skipped_in_a_row"] = skipped["skipped_in_a_row"]

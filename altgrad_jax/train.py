@@ -35,7 +35,7 @@ from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.profiling import StepTrace
 from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
 from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
-from altgrad_jax.stability import DivergenceWatch, event, healthy, make_fallback, rewinds
+from altgrad_jax.stability import DivergenceWatch, event, make_fallback, no_step, rewinds, unhealthy
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.task import HEAD
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
@@ -162,6 +162,7 @@ class Loop:
         self._identity = run_identity
         self._began, self._earlier_seconds = time.monotonic() - compile_seconds, start.seconds
         self._watch = DivergenceWatch(exp.config.stability.nan_patience)
+        self.why_diverged = ""
         self._fallback = make_fallback(exp.config.stability)
         self._trace = trace or StepTrace(None)
         self._meter = Meter(exp.config.train.batch_size * exp.model.block_size, start.step)
@@ -186,6 +187,8 @@ class Loop:
         while status == "diverged" and self._rewinds_left > 0:
             self._rewind()
             status = self._run(stop)
+        if status == "diverged":
+            self._emit(event(self.step, "diverged", self.why_diverged))
         return status
 
     def _run(self, stop: GracefulStop) -> str:
@@ -235,7 +238,11 @@ class Loop:
                 # Asked again, since an evaluation takes long enough to be interrupted.
                 stops = stops or (evaluates and any_host_stops(self.step, stop))
                 if saves or stops:
-                    self._save(record)
+                    spoilt = unhealthy(record, self.exp.finite_weights(self.state))
+                    if last and (why := spoilt or no_step(record)):
+                        self.why_diverged = why
+                        return "diverged"
+                    self._save(spoilt)
             if stops and not last:
                 return "interrupted"
         return "finished"
@@ -312,8 +319,8 @@ class Loop:
         if self.exp.config.stability.skip_nonfinite and record["train/skipped"]:
             self._emit(event(record["step"], "skip", "a loss or gradient that is not finite"))
         if diverged:
-            self.step = record["step"]
-        return diverged
+            self.step, self.why_diverged = record["step"], diverged
+        return bool(diverged)
 
     def _warn(self, record: Record) -> None:
         """Says which thresholds of failure this record is the first to cross."""
@@ -328,10 +335,10 @@ class Loop:
         for sink in self._sinks:
             sink.log(record)
 
-    def _save(self, record: Record) -> None:
+    def _save(self, spoilt: str) -> None:
         """Saves the state, unless it is spoilt."""
-        if not healthy(record):
-            log.warning("no checkpoint at step %d: its loss or gradient is not finite", self.step)
+        if spoilt:
+            log.warning("no checkpoint at step %d: %s", self.step, spoilt)
             return
         for sink in self._sinks:
             sink.sync()
@@ -416,14 +423,17 @@ def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
         sink.close(status)
     if is_primary():
         digest = tree_sha256(loop.state.params) if status == "finished" else None
-        write_summary(workdir, loop.exp, status, Progress(loop.step, loop.seconds, loop.compile_seconds, digest))
+        reason = loop.why_diverged if status == "diverged" else ""
+        progress = Progress(loop.step, loop.seconds, loop.compile_seconds, digest, reason)
+        write_summary(workdir, loop.exp, status, progress)
 
 
 def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> None:
     """The last line."""
     minutes, seconds = divmod(int(loop.seconds), 60)
     training = attribution.training_of(loop.exp.config.optimizer)
-    for line in attribution.table(attribution.first_failures(read_metrics(workdir.metrics), training)):
+    failures = attribution.first_failures(read_metrics(workdir.metrics), training)
+    for line in attribution.table(failures) if failures or status != "diverged" else ():
         console.print(line, highlight=False, soft_wrap=True)
     saved = checkpoint.committed_steps(workdir.checkpoints)
     console.print(

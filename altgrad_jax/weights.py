@@ -18,7 +18,9 @@ from altgrad_jax.layers import layer_of_parameter, layer_weights
 from altgrad_jax.optimizers.grids import apply_on_grids, map_with_grids, snap_to_grids
 from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.largest import amax
 from altgrad_jax.precision.policy import Policy
+from altgrad_jax.precision.scaling import or_nan
 from altgrad_jax.precision.weight_grid import WeightGrid
 
 Array = jax.Array
@@ -33,7 +35,7 @@ class PackedWeight:
 
     Attributes:
       codes: the place of each value in the format's ordered list, 0 for zero (`WeightGrid.code`); int8 or int16.
-      scale: float32 scalar: the values are those of the format over it.
+      scale: float32 scalar: the values are those of the format over it; NaN where one of them is infinite or NaN.
       fmt: the format's name; static.
     """
 
@@ -124,7 +126,9 @@ class Weights:
                 return w
             kept = grid.fitted(old)
             dtype = np.int8 if fmt.max_magnitude <= 127 else np.int16
-            return PackedWeight(kept.code(w).astype(dtype), jnp.asarray(kept.scale, jnp.float32), fmt.name)
+            # No code stands for an infinity or NaN: the scale does.
+            scale = or_nan(jnp.asarray(kept.scale, jnp.float32), amax(w))
+            return PackedWeight(kept.code(w).astype(dtype), scale, fmt.name)
 
         return map_with_grids(one, grids, params, before)
 

@@ -81,9 +81,9 @@ def test_the_origin_of_a_nan(lab, tmp_path, rule, origin):
     rules = (rule, (r"blocks\..*|lm_head", "e5m2"))
     changes = EVERY | {"precision__rules": rules, "stability__nan_patience": 3, "stability__skip_nonfinite": True}
     assert lab.train(tmp_path / "run", **changes) == 1
-    first = next(f for f in failures(tmp_path / "run") if f[3] in ("nan", "gradient"))
+    first = next(f for f in failures(tmp_path / "run") if f[3] in ("spoilt", "nan", "gradient"))
     assert first[:3] == (1, *origin) or (origin[1] == "gradient" and first[1] == origin[0])
     (end, *_) = [e for e in summary(tmp_path / "run")["events"] if e["event"] == "skip"]
     assert end["step"] == 1
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert any("nan" in str(r.get("event/reason", "")) for r in records if r.get("event") == "warning")
+    assert any("spoilt" in str(r.get("event/reason", "")) for r in records if r.get("event") == "warning")

@@ -17,7 +17,6 @@ from altgrad_jax.loss_scale import LossScale, all_finite, parse_loss_scale
 from altgrad_jax.model import GPTConfig
 from altgrad_jax.optimizers import make_optimizer, make_schedule
 from altgrad_jax.precision.policy import Policy, resolve
-from altgrad_jax.stability import healthy
 from altgrad_jax.state import TrainState, init_params, init_state, model_structure, tree_sha256
 from altgrad_jax.step import make_train_step
 from altgrad_jax.tracking import read_metrics
@@ -165,10 +164,34 @@ def test_steps_with_an_infinite_gradient_are_left_out(dynamic):
     assert skipped.count(0.0) >= 6 and skipped.count(1.0) >= 3
 
 
-def test_a_state_whose_step_was_left_out_is_worth_a_checkpoint():
-    record = {"train/loss": 2.0, "train/grad_norm": math.inf}
-    assert not healthy(record) and not healthy(record | {"train/skipped": 0.0})
-    assert healthy(record | {"train/skipped": 1.0}) and healthy(record | {"train/grad_norm": 1.0})
+@pytest.mark.parametrize(
+    ("recipe", "backs_off"),
+    [
+        ("e4m3 scaling=none", True),  # what is too large is 448, and finite
+        ("e5m2_cast g.scaling=static g.scale=4096 g.overflow=saturate", True),
+        ("e4m3", False),  # the scale follows the gradient
+        ("mxfp8", False),
+    ],
+)
+def test_gradients_that_saturate_back_it_off_where_it_decides_their_size(recipe, backs_off):
+    policy = resolve([(r"blocks\..*|lm_head", recipe)], layer_shapes(MODEL))
+    step, state = train_step(LossScale(None), policy), with_scale(fresh_state(LossScale(None), policy), 2.0**20)
+    found = []
+    for _ in range(14):
+        state, metrics = step(state, TOKENS)
+        assert math.isfinite(metrics["train/grad_norm"])
+        found.append((float(metrics["train/skipped"]), math.log2(metrics["train/loss_scale"])))
+    down = int(sum(skipped for skipped, _ in found))
+    assert found == [(1.0, 20.0 - i) for i in range(down)] + [(0.0, 20.0 - down)] * (14 - down)
+    assert (0 < down < 14) == backs_off and (down == 0) != backs_off
+
+
+def test_a_tensor_with_an_infinity_is_no_gradient_to_go_by():
+    """An infinite factor makes every gradient infinite: clipped, all of them would be numbers again."""
+    policy = resolve([(r"lm_head", "e4m3")], layer_shapes(MODEL))
+    state, step = with_scale(fresh_state(LossScale(None), policy), np.inf), train_step(LossScale(None), policy)
+    state, metrics = step(state, TOKENS)
+    assert metrics["train/skipped"] == 1.0 and np.isfinite(jax.tree.leaves(state.quant)[0]).all()
 
 
 def test_a_power_of_two_changes_no_bit_of_bf16_training():
@@ -234,14 +257,16 @@ def test_without_a_scale_gradients_vanish_in_the_bare_cast(measured):
 
 @pytest.mark.slow
 def test_the_scale_is_in_the_checkpoint(lab, tmp_path, monkeypatch):
-    """Eight steps at once, and in sessions of 2 and 6: the first ends with a step that was left out."""
+    """Eight steps at once, and in two sessions: the first ends with a step left out, after some that were not."""
     monkeypatch.setattr(loss_scale, "INITIAL", 2.0**26)
     monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 2)
     rules = ((r"lm_head", "e5m2_cast"),)
     run = {"precision__rules": rules, "train__loss_scale": "dynamic", "optimizer__decay_steps": 20}
     run |= {"diagnostics__quant_every": 0, "train__eval_every": 2}
     assert lab.train(tmp_path / "whole", train__steps=8, **run) == 0
-    for steps in (2, 8):
+    left_out = {r["step"]: r["train/skipped"] for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")[1:]}
+    first = max(step for step in range(2, 8) if left_out[step] and not left_out[step - 1])
+    for steps in (first, 8):
         assert lab.train(tmp_path / "parts", train__steps=steps, **run) == 0
         assert checkpoint_steps(tmp_path / "parts")[-1] == steps
     names = ("train/loss_scale", "train/skipped")

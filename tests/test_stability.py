@@ -7,10 +7,10 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 
-from altgrad_jax import experiment, program
+from altgrad_jax import experiment, loss_scale, program
 from altgrad_jax.config import validate
 from altgrad_jax.errors import UsageError
-from altgrad_jax.stability import Fallback, batch_of, event, rewinds
+from altgrad_jax.stability import Fallback, batch_of, event, rewinds, unhealthy
 from altgrad_jax.tracking import read_metrics
 from tests.runs import bits, checkpoint_steps, summary
 
@@ -77,6 +77,48 @@ def test_too_many_steps_left_out_in_a_row_end_the_run(lab, tmp_path):
     with spoil(range(3, 30)):
         assert lab.train(tmp_path / "run", stability__nan_patience=4, **SKIP) == 1
     assert (summary(tmp_path / "run")["status"], summary(tmp_path / "run")["step"]) == ("diverged", 6)
+
+
+def test_a_run_that_took_no_step_has_diverged_and_has_no_best(lab, tmp_path, capsys):
+    with spoil(range(1, 4)):
+        assert lab.train(tmp_path / "run", train__steps=3, **SKIP) == 1
+    end, out = summary(tmp_path / "run"), capsys.readouterr().out
+    assert (end["status"], end["reason"]) == ("diverged", "no step was taken: all 3 were left out")
+    assert end["best_val_loss"] == "NaN" and end["parameter_sha256"] is None
+    assert "best" not in out and "no diagnostic crossed" not in out
+    assert "diverged: (no step was taken: all 3 were left out)" in out
+
+
+def test_a_run_whose_last_update_spoils_the_weights_has_diverged(lab, tmp_path, capsys):
+    """The loss of its last step is still finite, and so are all others."""
+    with spoil({6}, math.inf):
+        assert lab.train(tmp_path / "run", train__steps=6, train__eval_every=3) == 1
+    end = summary(tmp_path / "run")
+    assert (end["status"], end["step"], end["parameter_sha256"]) == ("diverged", 6, None)
+    assert end["reason"] == "not finite at step 6: the weights, the gradient, the validation loss"
+    assert checkpoint_steps(tmp_path / "run") == [5] and math.isfinite(end["best_val_loss"])
+
+
+@pytest.mark.parametrize(("patience", "step", "why"), [(2, 2, "2 steps in a row were left out"), (9, 3, "smallest")])
+def test_what_a_dynamic_loss_scale_leaves_out_ends_a_run(lab, tmp_path, monkeypatch, patience, step, why):
+    """Steps in a row, or one at the smallest scale. All gradients saturate: that is seen, though none is infinite."""
+    monkeypatch.setattr(loss_scale, "INITIAL", 4.0)
+    rules = ((r"blocks\..*|lm_head", "e4m3 g.scaling=static g.scale=1e30"),)
+    changes = {"precision__rules": rules, "train__loss_scale": "dynamic", "stability__nan_patience": patience}
+    assert lab.train(tmp_path / "run", train__steps=6, **changes) == 1
+    end = summary(tmp_path / "run")
+    assert (end["status"], end["step"]) == ("diverged", step) and why in end["reason"]
+    assert end["final"]["train/skipped_steps"] == step and end["events"][-1]["event/reason"] == end["reason"]
+
+
+def test_what_a_state_is_worth():
+    record = {"step": 7, "train/loss": 2.0, "train/grad_norm": math.inf}
+    for taken in (record, record | {"train/skipped": 0.0}):
+        assert unhealthy(taken, True) == "not finite at step 7: the gradient"
+    left_out = record | {"train/loss": math.nan, "train/skipped": 1.0}  # changed nothing
+    assert not unhealthy(left_out, True) and not unhealthy(record | {"train/grad_norm": 1.0}, True)
+    spoilt = "not finite at step 7: the weights, the validation loss"
+    assert unhealthy(left_out | {"val/loss": math.nan}, False) == spoilt
 
 
 def fallback_run(lab, workdir, steps=12, **changes):
@@ -154,6 +196,8 @@ def test_the_layer_with_nan_is_the_one_to_blame():
     assert fallback.spoilt({"quant/b/gradient/nan": 0.1, "quant/a/weight/overflow": 0.2}, policy) == {
         "b": "NaN in gradient during steps left out"
     }
+    given = {"quant/b/gradient/nan": 1.0, "quant/b/gradient/nonfinite": 0.1}  # by the layer above, which made it
+    assert list(fallback.spoilt(given | {"quant/a/gradient/nan": 0.1}, policy)) == ["a"]
     everywhere = {f"quant/{layer}/gradient/nan": 1.0 for layer in "ab"}
     assert list(fallback.spoilt(everywhere | {"quant/a/weight/overflow": 0.2}, policy)) == ["a"]
     assert list(fallback.spoilt(everywhere, policy)) == ["a", "b"]
@@ -169,7 +213,7 @@ def test_a_run_goes_back_and_on_with_other_batches(lab, tmp_path, capsys):
     found = events(workdir, "rewind")
     assert [(e["step"], e["event/failed_step"], e["event/skipped_batches"]) for e in found] == [(9, 10, 1)] or found
     assert "rewind: (diverged at step 10; batches of" in capsys.readouterr().out
-    assert summary(workdir)["status"] == "diverged" and summary(workdir)["events"][-1]["event"] in ("skip", "rewind")
+    assert summary(workdir)["status"] == "diverged" and summary(workdir)["events"][-1]["event"] == "diverged"
 
 
 def once(lab, workdir, steps, fail):

@@ -6,7 +6,10 @@ validation loss; within those from the network's input to its output, for gradie
 first row with a NaN names its origin, and not the layers that it spread to.
 
     kind       metric                                  fails    why
-    nan        quant/<layer>/<role>/nan                > 0      one NaN spreads to every later value
+    spoilt     quant/<layer>/<role>/nonfinite          > 0      an infinity or NaN came in: all that share its scale
+                                                                are NaN
+    nan        quant/<layer>/<role>/nan                > 0      one NaN spreads to every later value. Where none came
+                                                                in: a spoilt operand is not counted here again
     overflow   quant/<layer>/<role>/overflow           > 0.01   the largest values, which carry most, are cut off
     underflow  quant/<layer>/<role>/magnitude_lost     > 0.1    share of the sum of magnitudes that became zero. Not the
                                                                 share of the elements: most of a tensor may be so small
@@ -39,6 +42,7 @@ from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS
 
 LOST = 0.1
 THRESHOLDS: Mapping[str, float] = {
+    "spoilt": 0.0,
     "nan": 0.0,
     "overflow": 0.01,
     "underflow": LOST,
@@ -50,7 +54,7 @@ THRESHOLDS: Mapping[str, float] = {
     "loss": math.inf,
 }
 SIGNS = {"gradient": "<", "rank": ">="}  # of what fails; ">" of the others
-KINDS = ("nan", "overflow", "underflow", "gradient", "stall", "blow-up", "rank", "loss")
+KINDS = ("spoilt", "nan", "overflow", "underflow", "gradient", "stall", "blow-up", "rank", "loss")
 # The parts of a step, in its order.
 STAGES = ("weight", "activation", "train/loss", "gradient", "update", "val/loss")
 BACKWARD = ("gradient",)
@@ -188,6 +192,10 @@ def _crossings(
         if not isinstance(value, (int, float)):
             continue
         match key.split("/"):
+            case ["quant", layer, role, "nonfinite"] if value > limits["spoilt"]:
+                yield role, layer, role, "spoilt", value, limits["spoilt"]
+            case ["quant", layer, role, "nan"] if record.get(f"quant/{layer}/{role}/nonfinite", 0) > limits["spoilt"]:
+                pass  # what came in is to blame
             case ["quant", layer, role, ("nan" | "overflow") as kind] if value > limits[kind]:
                 yield role, layer, role, kind, value, limits[kind]
             case ["quant", layer, role, "magnitude_lost"] if value > limits["underflow"]:

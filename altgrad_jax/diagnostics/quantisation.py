@@ -4,6 +4,7 @@
     magnitude_lost  of the sum of all magnitudes, the share that became zero with them: what underflow takes away
     overflow     share of the elements beyond the largest value, by more than half a step, that were finite before
     nan          share of the elements that are NaN after it
+    nonfinite    share of the elements that were infinite or NaN before it: one spoils all that share its scale
     amax         largest magnitude before scaling; amax_mean its moving average (decay 0.9)
     scale        what the operand was multiplied by; the mean, where blocks or vectors have scales of their own
     codes_used   share of the format's finite codes that occur (formats of up to 8 bits)
@@ -25,8 +26,8 @@ from altgrad_jax.precision.policy import LayerState, Policy
 from altgrad_jax.precision.statistics import RoleStats
 
 Array = jax.Array
-MEASURES = ("underflow", "overflow", "nan", "amax", "amax_mean", "scale", "magnitude_lost")
-RATES = ("underflow", "overflow", "nan", "magnitude_lost", "codes_used")
+MEASURES = ("underflow", "overflow", "nan", "nonfinite", "amax", "amax_mean", "scale", "magnitude_lost")
+RATES = ("underflow", "overflow", "nan", "nonfinite", "magnitude_lost", "codes_used")
 CODES = 256
 
 
@@ -40,9 +41,10 @@ def measure(policy: Policy, stats: Mapping[str, Mapping[str, RoleStats]], state:
     for layer, role in rows(policy):
         seen = stats[layer][role]
         assert seen.shares is not None and seen.scale is not None and seen.magnitudes is not None, "were gathered"
-        nonzero, underflow, overflow, nan = seen.shares
+        nonzero, underflow, overflow, nan, nonfinite = seen.shares
         rate, lost = _part(underflow, nonzero), _part(seen.magnitudes[1], seen.magnitudes[0])
-        measures.append(jnp.stack([rate, overflow, nan, seen.amax, state[layer][role].mean, seen.scale, lost]))
+        mean = state[layer][role].mean
+        measures.append(jnp.stack([rate, overflow, nan, nonfinite, seen.amax, mean, seen.scale, lost]))
         found = jnp.zeros((0,)) if seen.codes is None else seen.codes
         codes.append(jnp.pad(found, (0, CODES - found.size)))
     return jnp.stack(measures), jnp.stack(codes)

@@ -15,8 +15,9 @@ import optax
 from altgrad_jax.optimizers.draws import update_key
 from altgrad_jax.optimizers.grids import parameter_name
 from altgrad_jax.precision.formats import get_format
+from altgrad_jax.precision.largest import amax
 from altgrad_jax.precision.rounding import round_to_format
-from altgrad_jax.precision.scaling import amax, scale_from_amax
+from altgrad_jax.precision.scaling import scale_from_amax
 
 Array = jax.Array
 BLOCK = 256

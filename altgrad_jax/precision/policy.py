@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from altgrad_jax.precision.dot import Prepared, Probe, operand_pair
@@ -20,7 +21,7 @@ from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.kernels.tiles import BY_SIZE, TileTable
 from altgrad_jax.precision.recipes import PLAIN, ROLES, Recipe, RoleRecipe, parse_recipe
 from altgrad_jax.precision.scaling import RoleState, carrier, initial_state, next_state, runs_natively, traced_grid
-from altgrad_jax.precision.statistics import RoleStats, over_devices
+from altgrad_jax.precision.statistics import RoleStats, over_devices, saturates_above
 from altgrad_jax.precision.target import fp8_hardware, has_wgmma, why_no_fp8
 from altgrad_jax.precision.weight_grid import WeightGrid, policy_grid
 
@@ -186,6 +187,21 @@ class Policy:
                 probe = probes[plan.path]
                 seen = {"activation": probe.activation, "gradient": probe.gradient}
                 found[plan.path] |= {role: over_devices(stats, axis_name) for role, stats in seen.items()}
+        return found
+
+    def overflowed(self, state: Mapping[str, LayerState], stats: Mapping[str, Mapping[str, RoleStats]]) -> Array | bool:
+        """Whether a gradient went beyond the largest value of its format, under a scale that does not follow it.
+
+        That can be seen of its amax, also where the value was saturated. Scales that follow their gradient are left
+        out: what saturates under them does so at any size of the loss.
+        """
+        found: Array | bool = False
+        for plan in self.plans:
+            role = plan.recipe.gradient
+            if "gradient" in plan.roles and role.scaling in ("none", "static"):
+                scale = np.float32(role.scale if role.scaling == "static" else 1.0)
+                largest = stats[plan.path]["gradient"].amax * scale
+                found |= largest > saturates_above(role.fmt, state[plan.path]["gradient"].grid)
         return found
 
     def update(

@@ -2,6 +2,10 @@
 
 q = round(x s), value q / s. The scale s is float32 and chosen so that the largest magnitude, amax, lands on the
 format's largest value (or `margin` binades below). Everything carried from step to step is in `RoleState`.
+
+A tensor that holds an infinity or NaN stays visibly spoilt, by one rule (`or_nan`): where amax is not finite, what q is
+multiplied back by is NaN, and with it every value that shares the scale: the tensor, the vector, the block. So has OCP
+MX 1.0 it for blocks. It holds whatever the format and `overflow`, natively too, and costs no pass over the tensor.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +17,7 @@ from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat
 from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.largest import amax, amax_over_devices
 from altgrad_jax.precision.recipes import MX_BLOCK, RoleRecipe
 from altgrad_jax.precision.rounding import has_native_cast, narrowed, native_cast, round_to_format
 from altgrad_jax.precision.short_rounding import is_short, round_bfloat16
@@ -77,12 +82,12 @@ def traced_grid(fmt: FloatFormat) -> Grid:
 def next_state(state: RoleState, amax: Array) -> RoleState:
     """With this step's amax, max-combined over microbatches and devices.
 
-    One that is not finite is left out: it has 0 for its place in the history, and the mean stays.
+    One that is not finite changes nothing: the next scale follows from the last tensors that were numbers.
     """
     finite = jnp.isfinite(amax)
     history = state.history
     if history is not None:
-        history = jnp.concatenate([jnp.where(finite, amax, 0.0)[None], history[:-1]])
+        history = jnp.where(finite, jnp.concatenate([amax[None], history[:-1]]), history)
     mean = jnp.where(state.mean > 0, MEAN_DECAY * state.mean + (1 - MEAN_DECAY) * amax, amax)
     return RoleState(history, jnp.where(finite, mean, state.mean), state.grid)
 
@@ -100,20 +105,21 @@ def _target(role: RoleRecipe, grid: Grid | None) -> Array | float:
     return jnp.minimum(largest, LARGEST_OPERAND) * np.float32(2.0**-role.margin)
 
 
-def amax(x: Array, axis: int | None = None) -> Array:
-    """Largest magnitude, float32: a scalar, or kept dimensions along one axis."""
-    return jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None).astype(jnp.float32)
+def or_nan(factor: Array | float, largest: Array) -> Array:
+    """What values with this amax are multiplied back by: the factor, or NaN where amax is not finite."""
+    return jnp.where(jnp.isfinite(largest), factor, jnp.nan)
 
 
 def scale_from_amax(largest: Array, target: Array | float) -> Array:
-    """target / amax; 1 where amax is 0 or not finite, so that a spoilt tensor shows as what it is."""
+    """target / amax; 1 where amax is 0, NaN where it is not finite."""
     # The last always holds. It gives the divisor the target's shape where formats are batched: a tensor divided by one
     # number XLA multiplies with the number's inverse, which is an ulp off.
     usable = (largest > 0) & jnp.isfinite(largest) & (target > 0)
     # amax may be so small that the quotient is no float32, or so large that it is subnormal and taken for 0; the scale
     # stops where it and its inverse are normal numbers.
     quotient = jnp.asarray(target, jnp.float32) / jnp.where(usable, largest, 1.0)
-    return jnp.where(usable, jnp.clip(quotient, np.float32(2.0**-126), np.float32(2.0**126)), 1.0)
+    scale = jnp.where(usable, jnp.clip(quotient, np.float32(2.0**-126), np.float32(2.0**126)), 1.0)
+    return or_nan(scale, largest)
 
 
 def tensor_scale(x: Array, role: RoleRecipe, state: RoleState, axis: int, now: Array, axis_name: str | None) -> Array:
@@ -133,7 +139,7 @@ def tensor_scale(x: Array, role: RoleRecipe, state: RoleState, axis: int, now: A
     if role.granularity == "channel":
         of_vectors = amax(x, axis)
         if axis == 0 and axis_name is not None:  # of a vector along the rows each device has a part
-            of_vectors = lax.pmax(of_vectors, axis_name)
+            of_vectors = amax_over_devices(of_vectors, axis_name)
         return _floored(scale_from_amax(of_vectors, target), role)
     if role.scaling == "delayed":
         assert state.history is not None, "initial_state made one"
@@ -148,8 +154,9 @@ def _floored(scale: Array, role: RoleRecipe) -> Array:
 
 
 def power_of_two_below(scale: Array) -> Array:
-    """The largest power of two that is not above a positive normal float32."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(scale, jnp.uint32) & np.uint32(0x7F80_0000), jnp.float32)
+    """The largest power of two that is not above a positive normal float32; NaN of NaN."""
+    bits = lax.bitcast_convert_type(scale, jnp.uint32) & np.uint32(0x7F80_0000)
+    return jnp.where(jnp.isnan(scale), scale, lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def carrier(fmt: FloatFormat) -> jnp.dtype:
@@ -201,12 +208,18 @@ def quantise(
     x_RC = x_RC.astype(jnp.float32)
     largest = amax(x_RC)
     if axis_name is not None and role.scaling in ("current", "delayed"):
-        largest = lax.pmax(largest, axis_name)
+        largest = amax_over_devices(largest, axis_name)
     scale = tensor_scale(x_RC, role, state, axis, largest, axis_name)
     scaled = x_RC * scale
     rounded = round_scaled(scaled, role, state.grid, native, key)
-    stats = count(x_RC, largest, scaled, rounded, scale, role.fmt, state.grid) if collect else RoleStats(largest)
-    return Operand(rounded, 1.0 / scale), stats
+    inverse = 1.0 / scale
+    if role.per_tensor:  # the scale of a vector is its own amax's
+        inverse = or_nan(inverse, largest)
+    operand = Operand(rounded, inverse)
+    if not collect:
+        return operand, RoleStats(largest)
+    became, scale = (jnp.where(jnp.isnan(inverse), inverse, of.astype(jnp.float32)) for of in (rounded, scale))
+    return operand, count(x_RC, largest, scaled, became, scale, role.fmt, state.grid)
 
 
 def _quantise_blocks(
@@ -223,22 +236,23 @@ def _quantise_blocks(
 
     # [R, C / 32, 32] or [R / 32, 32, C]: no element moves.
     blocks = padded_RC.reshape(*shape[:axis], -1, MX_BLOCK, *shape[axis + 1 :])
-    largest = _block_amax(blocks, axis + 1)
+    largest = amax(blocks, axis + 1)
     exponent = mx_exponent(largest, role, state.grid)
-    scaled = blocks.astype(jnp.float32) * power_of_two(-exponent)
+    scaled = times_power_of_two(blocks.astype(jnp.float32), -exponent)
     # An element has few mantissa bits and its scale is a power of two: their product is exact in bfloat16, down to that
     # type's smallest normal number.
     if _rounds_in_16_bits(x_RC, role, state):
         values = round_bfloat16(blocks, Grid.of(role.fmt), role.overflow, exponent)
-        rounded = values.astype(jnp.float32) * power_of_two(-exponent)
+        rounded = times_power_of_two(values.astype(jnp.float32), -exponent)
     else:
         rounded = _emulated(scaled, role, state.grid, key)
-        values = narrowed(rounded * power_of_two(exponent), carrier(role.fmt))
-    operand = Operand(whole(values), jnp.float32(1.0))
+        values = narrowed(times_power_of_two(rounded, exponent), carrier(role.fmt))
+    operand = Operand(whole(or_nan(values, largest)), jnp.float32(1.0))
     if not collect:
-        return operand, RoleStats(jnp.max(largest))
-    x_RC, scale = x_RC.astype(jnp.float32), power_of_two(-exponent)
-    return operand, count(x_RC, jnp.max(largest), whole(scaled), whole(rounded), scale, role.fmt, state.grid)
+        return operand, RoleStats(amax(largest))
+    x_RC, scale = x_RC.astype(jnp.float32), or_nan(power_of_two(-exponent), largest)
+    rounded = whole(or_nan(rounded, largest))
+    return operand, count(x_RC, amax(largest), whole(scaled), rounded, scale, role.fmt, state.grid)
 
 
 def _rounds_in_16_bits(x: Array, role: RoleRecipe, state: RoleState) -> bool:
@@ -247,32 +261,30 @@ def _rounds_in_16_bits(x: Array, role: RoleRecipe, state: RoleState) -> bool:
     return known and x.dtype == jnp.bfloat16 and is_short(Grid.of(role.fmt))
 
 
-def _block_amax(blocks: Array, axis: int) -> Array:
-    """`amax` by the bits of magnitudes, integers of the same order with NaN the largest: faster code on a CPU."""
-    if blocks.dtype != jnp.bfloat16:
-        bits = lax.bitcast_convert_type(blocks.astype(jnp.float32), jnp.int32) & np.int32(0x7FFF_FFFF)
-        return lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=True), jnp.float32)
-    bits = lax.bitcast_convert_type(blocks, jnp.int16) & np.int16(0x7FFF)
-    return lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=True), jnp.bfloat16).astype(jnp.float32)
-
-
 def mx_exponent(largest: Array, role: RoleRecipe, grid: Grid | None = None) -> Array:
     """k of the scale 2^k that a block's elements are divided by, int32, from the block's amax, float32.
 
     OCP MX 1.0, section 6.3: k = floor(log2 amax) - emax, with emax the exponent of the format's largest value, within
-    the range of e8m0 (less its ends, so that 2^k and 2^-k are normal float32). A block of zeros, or one with an
-    infinity or NaN, has k = 0. This rule lets a block's largest elements saturate: those between the format's largest
-    value and the next power of two. With `margin` = 1, k is one more and none does, at the price of the lowest binade.
+    the range of e8m0, -127 to 127. A block of zeros, or of numbers below float32's normal ones, which CPUs take for
+    zeros, has k = 0, and so has one with an infinity or NaN. This rule lets a block's largest elements saturate: those
+    between the format's largest value and the next power of two. With `margin` = 1, k is one more and none does, at the
+    price of the lowest binade.
     """
     max_bits = jnp.asarray(Grid.of(role.fmt).max_bits if grid is None else grid.max_bits, jnp.uint32)
     field = (lax.bitcast_convert_type(largest, jnp.uint32) >> 23).astype(jnp.int32)
-    k = jnp.clip(field - (max_bits >> 23).astype(jnp.int32) + role.margin, -126, 126)
+    k = jnp.clip(field - (max_bits >> 23).astype(jnp.int32) + role.margin, -127, 127)
     return jnp.where((field == 0) | (field == 255), 0, k)
 
 
 def power_of_two(exponent: Array) -> Array:
-    """2^exponent, float32, for exponents of normal numbers."""
+    """2^exponent, float32, for exponents of normal numbers, -126 to 127; 0 for -127."""
     return lax.bitcast_convert_type(((exponent + 127) << 23).astype(jnp.uint32), jnp.float32)
+
+
+def times_power_of_two(x: Array, exponent: Array) -> Array:
+    """x 2^exponent, float32, for exponents from -127 to 127: in two factors, since 2^-127 is no normal number."""
+    half = exponent >> 1
+    return x * power_of_two(half) * power_of_two(exponent - half)
 
 
 def runs_natively(role: RoleRecipe) -> bool:

@@ -20,7 +20,7 @@ SHORT_MANTISSA = 4
 def is_short(grid: Grid) -> bool:
     """Whether the format is known, and of a kind that `round_bfloat16` takes."""
     known = isinstance(grid.mantissa_bits, np.integer)
-    # With the last, blocks may be scaled by 2^k, |k| <= 126, without overflow of the thresholds.
+    # With the last, blocks may be scaled by 2^k, |k| <= 127, without overflow of the thresholds.
     return known and grid.mantissa_bits <= SHORT_MANTISSA and grid.addable and grid.step_bits <= power_bits(2)
 
 
@@ -31,7 +31,7 @@ def round_bfloat16(x: Array, grid: Grid, overflow: str = "saturate", exponent: A
       x: bfloat16; subnormal numbers count as 0 where k is not 0.
       grid: a format that `is_short`.
       overflow: as in `round_to_format`.
-      exponent: k, int32, of a shape that broadcasts to x's; no further from 0 than 126, and such that no finite x 2^-k
+      exponent: k, int32, of a shape that broadcasts to x's; no further from 0 than 127, and such that no finite x 2^-k
         is 2^128 or more.
     """
     signed = lax.bitcast_convert_type(x, jnp.int16)

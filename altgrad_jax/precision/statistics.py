@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_jax.precision import largest
 from altgrad_jax.precision.formats import FloatFormat
 from altgrad_jax.precision.grid import Grid
 from altgrad_jax.precision.rounding import encode
 
 Array = jax.Array
-SHARES = ("nonzero", "underflow", "overflow", "nan")
+SHARES = ("nonzero", "underflow", "overflow", "nan", "nonfinite")
 COUNTED_BITS = 8  # codes are counted in formats up to this width
 
 
@@ -23,10 +24,11 @@ class RoleStats:
 
     Attributes:
       amax: largest magnitude, float32 scalar.
-      scale: s, float32 scalar: the mean of the scales where there are several. None where it was not asked for, as
-        are the others.
-      shares: of all elements, float32 [4]: those not zero, those not zero that became zero, those finite that lay
-        beyond the largest value and more than half a step away from it, and those that are NaN.
+      scale: s, float32 scalar: the mean of the scales where there are several; NaN where one of them is that of
+        values with an infinity or NaN among them. None where it was not asked for, as are the others.
+      shares: of all elements, float32 [5]: those not zero, those not zero that became zero, those finite that lay
+        beyond the largest value and more than half a step away from it, those that became NaN or were it, and those
+        that were infinite or NaN before.
       codes: share of the elements in each code, float32 [2^bits]; formats up to 8 bits.
       magnitudes: means over all elements, float32 [2]: of |x|, and of |x| where it became zero, else 0.
     """
@@ -56,8 +58,8 @@ def count(
       x: the tensor, float32.
       amax: its largest magnitude, combined over devices.
       scaled: the tensor times its scale, float32; 0 or infinite where float32 cannot hold it.
-      rounded: what it became, any float dtype.
-      scale: its scale, or its scales.
+      rounded: what it became, any float dtype; NaN where it shares its scale with an infinity or NaN.
+      scale: its scale, or its scales, NaN likewise.
       fmt: the format.
       grid: the format where it is traced, else None.
     """
@@ -66,8 +68,9 @@ def count(
     shares = [
         x != 0,
         gone,
-        (magnitude > _saturates_above(fmt, grid)) & jnp.isfinite(x),
+        (magnitude > saturates_above(fmt, grid)) & jnp.isfinite(x),
         jnp.isnan(rounded),
+        ~jnp.isfinite(x),
     ]
     means = jnp.stack([jnp.mean(share, dtype=jnp.float32) for share in shares])
     codes = None
@@ -82,8 +85,8 @@ def count(
     return RoleStats(amax, jnp.mean(scale), means, codes, magnitudes)
 
 
-def _saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
-    """The largest value and half a step."""
+def saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
+    """The largest value and half a step, of a format known or traced."""
     if grid is None:
         return np.float32(fmt.max + fmt.ulp(fmt.max) / 2) if fmt.max_exponent < 127 else np.float32(np.inf)
     largest = lax.bitcast_convert_type(jnp.asarray(grid.max_bits, jnp.uint32), jnp.float32)
@@ -94,14 +97,14 @@ def _saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
 
 def over_parts(stats: RoleStats) -> RoleStats:
     """Statistics with a leading axis of equal parts (microbatches, chunks), combined: amax is the largest."""
-    return _combined(stats, lambda x: jnp.max(x, axis=0), lambda x: jnp.mean(x, axis=0))
+    return _combined(stats, lambda x: largest.amax(x, 0)[0], lambda x: jnp.mean(x, axis=0))
 
 
 def over_devices(stats: RoleStats, axis_name: str) -> RoleStats:
     """Statistics of all devices, combined."""
-    return _combined(stats, lambda x: lax.pmax(x, axis_name), lambda x: lax.pmean(x, axis_name))
+    return _combined(stats, lambda x: largest.amax_over_devices(x, axis_name), lambda x: lax.pmean(x, axis_name))
 
 
-def _combined(stats, largest, mean) -> RoleStats:
+def _combined(stats, amax, mean) -> RoleStats:
     rest = {f.name: getattr(stats, f.name) for f in fields(stats) if f.name != "amax"}
-    return RoleStats(largest(stats.amax), **{name: None if x is None else mean(x) for name, x in rest.items()})
+    return RoleStats(amax(stats.amax), **{name: None if x is None else mean(x) for name, x in rest.items()})

@@ -15,12 +15,12 @@ from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat, get_format
 from altgrad_jax.precision.grid import Grid
+from altgrad_jax.precision.largest import amax
 from altgrad_jax.precision.recipes import MX_BLOCK, RoleRecipe
 from altgrad_jax.precision.rounding import magnitude_codes, magnitude_values, round_to_format
 from altgrad_jax.precision.scaling import (
     LARGEST_OPERAND,
     RoleState,
-    amax,
     mx_exponent,
     power_of_two,
     power_of_two_below,
@@ -58,8 +58,9 @@ class WeightGrid:
         return power_of_two(jnp.maximum(exponent, -126)) / self.scale
 
     def round(self, w: Array, rounding: str = "nearest", key: Array | None = None) -> Array:
-        """The value that stands for w, saturating, float32."""
-        return round_to_format(w.astype(jnp.float32) * self.scale, self.grid, rounding, key=key) / self.scale
+        """The value that stands for w, float32: saturating, but NaN for an infinity, which no value stands for."""
+        rounded = round_to_format(w.astype(jnp.float32) * self.scale, self.grid, rounding, key=key) / self.scale
+        return jnp.where(jnp.isinf(w), jnp.nan, rounded)
 
     def code(self, w: Array) -> Array:
         """The place of round(w) among the values, int32: 0 is zero, +-1 its neighbours, +-`largest_code` the ends."""
@@ -126,5 +127,6 @@ def policy_grid(w: Array, role: RoleRecipe, state: RoleState, axis: int = 0) -> 
         return WeightGrid(grid, scale, fixed=role.scaling in ("none", "static"))
     rows = w_IO.shape[0]
     blocks = jnp.pad(w_IO, ((0, -rows % MX_BLOCK), (0, 0))).reshape(-1, MX_BLOCK, w_IO.shape[1])
-    scale = power_of_two(-mx_exponent(amax(blocks, 1), role, state.grid))
+    k = jnp.minimum(mx_exponent(amax(blocks, 1), role, state.grid), 126)  # a scale of 2^-127 would be 0
+    scale = power_of_two(-k)
     return WeightGrid(grid, jnp.broadcast_to(scale, blocks.shape).reshape(-1, w_IO.shape[1])[:rows])

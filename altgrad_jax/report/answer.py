@@ -15,6 +15,7 @@ from altgrad_jax.report.statistics import BETTER, EQUIVALENT, UNDECIDED, WORSE, 
 from altgrad_jax.report.study import LOST, Comparison, Study
 
 WORDS = {
+    "spoilt": "an infinity or NaN that comes into the {role}",
     "nan": "a NaN in the {role}",
     "overflow": "overflow of the {role}",
     "underflow": "underflow of the {role} (a tenth of its magnitude or more)",

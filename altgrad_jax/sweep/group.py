@@ -24,12 +24,13 @@ from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.loss_scale import all_finite
 from altgrad_jax.machine import check_device
 from altgrad_jax.meter import Meter
 from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.precision.policy import Policy
 from altgrad_jax.run_record import Progress, write_manifest, write_summary
-from altgrad_jax.stability import DivergenceWatch, Record, event
+from altgrad_jax.stability import DivergenceWatch, Record, event, no_step, unhealthy
 from altgrad_jax.state import tree_sha256
 from altgrad_jax.sweep.lanes import Lane, Lanes, language
 from altgrad_jax.sweep.memory import free_bytes, needed_bytes
@@ -38,6 +39,7 @@ from altgrad_jax.tracking import MetricsFile, read_metrics
 from altgrad_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
+_all_finite = jax.jit(jax.vmap(all_finite))  # of every lane
 Tell = Callable[[str, int], None]
 RUNNING = "running"
 
@@ -112,6 +114,7 @@ class _Group:
         self._steps = self._first.config.train.steps
         self._identity = {f"{place.member.name}.{k}": v for place in places for k, v in place.identity.items()}
         self.step, self._earlier_seconds = 0, 0.0
+        self._last: list[Record] = []  # of each lane
         self.lanes: Lane
 
     def begin(self, cleanup: ExitStack) -> None:
@@ -193,9 +196,10 @@ class _Group:
             self._tell("step", self.step)
             if stops:
                 return "interrupted"
+        finite = jax.device_get(_all_finite(self.lanes.state.params))
         for i, place in enumerate(self._places):
             if place.status == RUNNING:
-                self._end(i, "finished")
+                self._end(i, unhealthy(self._last[i], bool(finite[i])) or no_step(self._last[i]))
         return "finished"
 
     def _active(self) -> list[_Place]:
@@ -235,13 +239,14 @@ class _Group:
                 record |= answers[i] if j == 0 else {}
                 records.append(record | (more[i] if more and j == count - 1 else {}))
             self._emit(records)
+        self._last = records
 
     def _emit(self, records: list[Record]) -> None:
         """Writes one record a lane, and closes the folders of those that have diverged."""
         for i, (place, record) in enumerate(zip(self._places, records, strict=True)):
             if place.status != RUNNING or place.sink is None:
                 continue
-            diverged = "train/loss" in record and place.watch.diverged(record)
+            diverged = place.watch.diverged(record) if "train/loss" in record else ""
             every = place.exp.config.train.log_every
             if record["step"] % every == 0 or "val/loss" in record or is_answered(record) or diverged:
                 place.sink.log(record)
@@ -250,7 +255,7 @@ class _Group:
             if place.exp.config.stability.skip_nonfinite and record.get("train/skipped"):
                 place.sink.log(event(record["step"], "skip", "a loss or gradient that is not finite"))
             if diverged:
-                self._end(i, "diverged", record["step"])
+                self._end(i, diverged, record["step"])
 
     def _warn(self, place: _Place, record: Record) -> None:
         """Notes which thresholds of failure this record is the first to cross."""
@@ -267,19 +272,20 @@ class _Group:
             self.step, self._first.parallel.to_global(self.lanes), {"next_step": self.step, "epoch": 0.0}, manifest
         )
 
-    def _end(self, i: int, status: str, step: int | None = None) -> None:
-        """Closes a condition's folder; its share of the group's time is its wall time."""
+    def _end(self, i: int, why_diverged: str, step: int | None = None) -> None:
+        """Closes a condition's folder, finished or diverged; its share of the group's time is its wall time."""
         place, count = self._places[i], len(self._places)
-        place.status = status
-        digest = None
-        if status == "finished":
-            digest = tree_sha256(jax.device_get(jax.tree.map(lambda x: x[i], self.lanes.state.params)))
+        place.status = "diverged" if why_diverged else "finished"
+        step = self.step if step is None else step
         assert place.sink is not None
+        digest = None
+        if why_diverged:
+            place.sink.log(event(step, "diverged", why_diverged))
+        else:
+            digest = tree_sha256(jax.device_get(jax.tree.map(lambda x: x[i], self.lanes.state.params)))
         place.sink.sync()
-        progress = Progress(
-            self.step if step is None else step, self._seconds / count, self._compile_seconds / count, digest
-        )
-        write_summary(place.workdir, place.exp, status, progress)
+        progress = Progress(step, self._seconds / count, self._compile_seconds / count, digest, why_diverged)
+        write_summary(place.workdir, place.exp, place.status, progress)
 
 
 def _reaches(place: _Place, step: int) -> bool:

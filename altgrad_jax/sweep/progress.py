@@ -62,7 +62,7 @@ class Progress:
         self._done[name] = self._steps[name]
         summary = read_summary(self._folder / name) or {}
         loss = summary.get("final", {}).get("val/loss")
-        result = f"val loss {loss:.4f}" if isinstance(loss, float) else summary.get("reason", "")
+        result = summary.get("reason") or (f"val loss {loss:.4f}" if isinstance(loss, float) else "")
         self.note(f"{name} {status}{': ' if result else ''}{result}")
 
     def note(self, text: str) -> None:

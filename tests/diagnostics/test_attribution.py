@@ -29,6 +29,7 @@ def cases(records, training=ON_GRID, **thresholds) -> list[tuple]:
 @pytest.mark.parametrize(
     ("key", "good", "bad", "expected"),
     [
+        ("quant/lm_head/gradient/nonfinite", 0.0, 1e-9, ("lm_head", "gradient", "spoilt")),
         ("quant/lm_head/weight/nan", 0.0, 1e-9, ("lm_head", "weight", "nan")),
         ("quant/blocks.0.mlp.up/activation/overflow", 0.01, 0.011, ("blocks.0.mlp.up", "activation", "overflow")),
         (
@@ -148,6 +149,17 @@ def test_the_first_row_names_the_origin_of_a_nan_backward_and_of_weights():
         ["lm_head", "blocks.5.mlp.up"], "weight", "nan", 1.0
     )
     assert cases([{"step": 1} | everywhere])[0] == (1, "blocks.5.mlp.up", "weight", "nan")
+
+
+def test_a_nan_that_came_in_is_told_from_one_that_was_made():
+    """A gradient overflows to NaN in block 1; below it every operand is NaN because it came to be given one."""
+    record = {"step": 3} | spread(["blocks.1.mlp.up", "blocks.1.attn.qkv", "blocks.0.mlp.up"], "gradient", "nan", 1.0)
+    record |= spread(["blocks.1.attn.qkv", "blocks.0.mlp.up"], "gradient", "nonfinite", 0.01)
+    assert cases([record]) == [
+        (3, "blocks.1.mlp.up", "gradient", "nan"),
+        (3, "blocks.1.attn.qkv", "gradient", "spoilt"),
+        (3, "blocks.0.mlp.up", "gradient", "spoilt"),
+    ]
 
 
 def test_thresholds_can_be_set_one_by_one():

@@ -18,13 +18,13 @@ from altgrad_jax.tracking import Wandb, read_metrics
 from tests.runs import summary
 
 ROLES = ("activation", "weight", "gradient")
-WHATS = ("underflow", "overflow", "nan", "amax", "amax_mean", "scale", "magnitude_lost", "codes_used")
+WHATS = ("underflow", "overflow", "nan", "nonfinite", "amax", "amax_mean", "scale", "magnitude_lost", "codes_used")
 SHAPES = {"a": (2, 3), "lm_head": (3, 5), "wte": (5, 3)}
 POLICY = resolve([("a", "e2m1fn"), ("lm_head", "bf16"), ("wte", "e5m10 scaling=none")], SHAPES)
 
 
 def stats(amax: float, scale: float, shares: list[float], codes: dict[int, float] | None, of_x=(1.0, 0.0)) -> RoleStats:
-    """`shares`: nonzero, underflow, overflow, nan; `of_x`: mean magnitude, and of what became zero."""
+    """`shares`: nonzero, underflow, overflow, nan, nonfinite; `of_x`: mean magnitude, and of what became zero."""
     counted = None if codes is None else jnp.zeros(16).at[jnp.asarray(list(codes))].set(jnp.asarray([*codes.values()]))
     of_shares, magnitudes = jnp.asarray(shares, jnp.float32), jnp.asarray(of_x, jnp.float32)
     return RoleStats(jnp.float32(amax), jnp.float32(scale), of_shares, counted, magnitudes)
@@ -33,11 +33,11 @@ def stats(amax: float, scale: float, shares: list[float], codes: dict[int, float
 # e2m1's codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; with 8 added they are negative.
 SEEN = {
     "a": {
-        "activation": stats(12.0, 0.5, [0.75, 0.25, 0.0, 0.0], {0: 0.5, 7: 0.25, 15: 0.25}, (8.0, 0.5)),
-        "weight": stats(3.0, 2.0, [1.0, 0.0, 0.125, 0.0], {0: 0.25, 8: 0.25, 1: 0.5}),
-        "gradient": stats(0.0, 1.0, [0.0, 0.0, 0.0, 0.5], {0: 1.0}, (0.0, 0.0)),
+        "activation": stats(12.0, 0.5, [0.75, 0.25, 0.0, 0.0, 0.0], {0: 0.5, 7: 0.25, 15: 0.25}, (8.0, 0.5)),
+        "weight": stats(3.0, 2.0, [1.0, 0.0, 0.125, 0.0, 0.0], {0: 0.25, 8: 0.25, 1: 0.5}),
+        "gradient": stats(0.0, 1.0, [0.0, 0.0, 0.0, 0.5, 0.25], {0: 1.0}, (0.0, 0.0)),
     },
-    "wte": {"weight": stats(8.0, 1.0, [0.5, 0.1, 0.0, 0.0], None)},
+    "wte": {"weight": stats(8.0, 1.0, [0.5, 0.1, 0.0, 0.0, 0.0], None)},
 }
 
 
@@ -56,6 +56,7 @@ def test_measures_of_layers_by_hand():
     assert [layer[f"{role}/magnitude_lost"] for role in ROLES] == [0.0625, 0.0, 0.0]
     assert [layer[f"{role}/overflow"] for role in ROLES] == [0.0, 0.125, 0.0]
     assert [layer[f"{role}/nan"] for role in ROLES] == [0.0, 0.0, 0.5]
+    assert [layer[f"{role}/nonfinite"] for role in ROLES] == [0.0, 0.0, 0.25]
     assert [layer[f"{role}/amax"] for role in ROLES] == [12.0, 3.0, 0.0]
     assert [layer[f"{role}/scale"] for role in ROLES] == [0.5, 2.0, 1.0]
     # 15 different values, the two zeros being one.
@@ -67,7 +68,7 @@ def test_tables_have_a_weight_and_wide_formats_no_codes():
     table = {key.removeprefix("quant/wte/"): value for key, value in named().items() if key.startswith("quant/wte/")}
     assert table == pytest.approx(
         {
-            **{"weight/underflow": 0.2, "weight/overflow": 0.0, "weight/nan": 0.0},
+            **{"weight/underflow": 0.2, "weight/overflow": 0.0, "weight/nan": 0.0, "weight/nonfinite": 0.0},
             **{"weight/amax": 8.0, "weight/amax_mean": 8.0, "weight/scale": 1.0, "weight/magnitude_lost": 0.0},
         }
     )
@@ -75,9 +76,8 @@ def test_tables_have_a_weight_and_wide_formats_no_codes():
 
 def test_totals_over_layers():
     totals = {key: value for key, value in named().items() if not is_of_one_layer(key)}
-    expected = {f"quant/{role}/{what}" for role in ROLES for what in ("underflow", "overflow", "nan", "amax")}
-    expected |= {f"quant/{role}/{what}" for role in ROLES for what in ("codes_used", "magnitude_lost")}
-    assert set(totals) == expected
+    totalled = ("underflow", "overflow", "nan", "nonfinite", "amax", "codes_used", "magnitude_lost")
+    assert set(totals) == {f"quant/{role}/{what}" for role in ROLES for what in totalled}
     assert totals["quant/weight/amax"] == 8.0 and totals["quant/activation/amax"] == 12.0  # the largest
     assert totals["quant/weight/underflow"] == pytest.approx(0.1)  # the mean
     assert totals["quant/weight/codes_used"] == pytest.approx(2 / 15)  # of those that have it
@@ -88,7 +88,7 @@ def test_the_moving_average_of_amax_decays_by_a_tenth():
     state = POLICY.init()
     expected = None
     for amax in (2.0, 4.0, 0.0, 1e-3, np.inf, np.nan, 5.0):
-        seen = {"a": SEEN["a"] | {"weight": stats(amax, 1.0, [1.0, 0, 0, 0], {1: 1.0})}, "wte": SEEN["wte"]}
+        seen = {"a": SEEN["a"] | {"weight": stats(amax, 1.0, [1.0, 0, 0, 0, 0], {1: 1.0})}, "wte": SEEN["wte"]}
         state = POLICY.update(state, seen)
         if np.isfinite(amax):
             expected = amax if expected is None else 0.9 * expected + 0.1 * amax
@@ -146,7 +146,7 @@ def test_a_run_asks_at_its_steps_only(run):
     assert all("train/loss" in records[step] for step in (1, 3, 5))
     names = {key for key in records[3] if key.startswith("quant/")}
     assert {f"quant/{layer}/{role}/{what}" for layer in LAYERS for role in ROLES for what in (*WHATS, "codes")} < names
-    assert len(names) == len(LAYERS) * 3 * 9 + 3 * 6
+    assert len(names) == len(LAYERS) * 3 * 10 + 3 * 7
     assert {key for key in records[1] if key.startswith("quant/")} == names
 
 
@@ -157,7 +157,7 @@ def test_a_runs_measures_fit_together(run):
         for layer in LAYERS if "quant/weight/amax" in r else ():
             for role in ROLES:
                 here = {what: r[f"quant/{layer}/{role}/{what}"] for what in (*WHATS, "codes")}
-                assert here["nan"] == 0 and here["amax"] > 0 and 0 <= here["underflow"] < 0.5
+                assert here["nan"] == here["nonfinite"] == 0 and here["amax"] > 0 and 0 <= here["underflow"] < 0.5
                 used = np.unpackbits(np.frombuffer(bytes.fromhex(here["codes"]), np.uint8))
                 values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e5m2).astype(np.float64)
                 assert here["codes_used"] == pytest.approx(np.unique(values[used > 0]).size / 247)

@@ -83,22 +83,44 @@ class Role:
 
 @dataclass(frozen=True)
 class Quantised:
-    """q = round(x s) and s, of an operand whose value is q / s."""
+    """q = round(x s) and s, of an operand whose value is q / s; NaN where one that shares its scale is not finite."""
 
     q: Floats
-    s: npt.NDArray[np.float32]
+    s: npt.NDArray[np.floating]
+    spoilt: npt.NDArray[np.bool_]
 
     @property
     def value(self) -> Floats:
-        """q / s, the inverse scale being float32 as well."""
-        return self.q * (np.float32(1) / self.s).astype(np.float64)
+        """q / s, the inverse scale being float32 as well, but for blocks', which are powers of two."""
+        return np.where(self.spoilt, np.nan, self.q * (self.s.dtype.type(1) / self.s).astype(np.float64))
 
 
 def quantise(x: npt.ArrayLike, role: Role, axis: int) -> Quantised:
     """A matrix that is contracted over `axis`."""
     x = np.asarray(x, np.float32)
-    s = np.asarray(block_scales(x, role.fmt, axis) if role.scaling == "mx" else _scale(x, role, axis), np.float32)
-    return Quantised(to_nearest(x * s, role.fmt), s)
+    bad = ~np.isfinite(x)
+    kind = "mx" if role.scaling == "mx" else role.granularity
+    with np.errstate(invalid="ignore", over="ignore"):
+        known = np.where(bad, np.float32(0), x)  # whatever becomes of what shares a scale with the others
+        if role.scaling == "mx":
+            s = block_scales(known, role.fmt, axis)
+            scaled = known.astype(np.float64) * s
+        else:
+            s = np.asarray(_scale(known, role, axis), np.float32)
+            scaled = known * s
+        return Quantised(to_nearest(scaled, role.fmt), s, shares_a_scale(bad, kind, axis))
+
+
+def shares_a_scale(marked: npt.NDArray[np.bool_], kind: str, axis: int) -> npt.NDArray[np.bool_]:
+    """Which elements have a scale in common with one that is marked: of a "tensor", "channel" or block ("mx")."""
+    if kind == "tensor":
+        return np.full(marked.shape, marked.any())
+    if kind == "channel":
+        return np.broadcast_to(marked.any(axis=axis, keepdims=True), marked.shape)
+    rows = np.moveaxis(marked, axis, 1)
+    starts = np.arange(0, rows.shape[1], MX_BLOCK)
+    blocks = np.logical_or.reduceat(rows, starts, axis=1)
+    return np.moveaxis(np.repeat(blocks, MX_BLOCK, axis=1)[:, : rows.shape[1]], 1, axis)
 
 
 def _scale(x: npt.NDArray[np.float32], role: Role, axis: int) -> npt.ArrayLike:
@@ -129,7 +151,7 @@ def block_scales(x: npt.NDArray[np.float32], name: str, axis: int) -> Floats:
             amax = float(np.abs(row[start : start + MX_BLOCK]).max())
             if amax > 0:
                 k = math.frexp(amax)[1] - 1 - largest_exponent
-                scales[i, start : start + MX_BLOCK] = 2.0 ** -max(k, -126)
+                scales[i, start : start + MX_BLOCK] = 2.0 ** -min(max(k, -127), 127)
     return np.moveaxis(scales, 1, axis)
 
 

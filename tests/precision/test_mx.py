@@ -29,7 +29,8 @@ recipes = pytest.mark.parametrize("recipe", MX)
 
 def quantised(x, recipe: str, axis: int = 1, collect: bool = False):
     role = parse_recipe(recipe).activation
-    return quantise(jnp.asarray(x, jnp.float32), role, initial_state(role), axis, collect=collect)
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x, jnp.float32)
+    return quantise(x, role, initial_state(role), axis, collect=collect)
 
 
 def values(x, recipe: str, axis: int = 1) -> np.ndarray:
@@ -151,11 +152,36 @@ def test_the_two_products_of_an_operand_have_blocks_of_their_own():
 
 
 def test_spoilt_blocks():
-    x = np.ones((1, 96), np.float32)
+    """As with the NaN of e8m0 for a scale."""
+    x = np.ones((1, 128), np.float32)
     x[0, 3], x[0, 40] = np.nan, np.inf
-    actual = values(x, "mxfp8")
-    np.testing.assert_array_equal(np.isnan(actual), np.isnan(x))
-    assert actual[0, 40] == 448 and (np.delete(actual, [3, 40]) == 1).all()
+    for array in (x, jnp.asarray(x, jnp.bfloat16)):
+        actual = np.asarray(quantised(array, "mxfp8")[0].values, np.float32)
+        assert np.isnan(actual[0, :64]).all() and (actual[0, 64:] == 1).all()
+
+
+@pytest.mark.parametrize("exponent", [-126, -113, -112, -111, 120, 127])
+@pytest.mark.parametrize(("fmt", "dtype"), [("e5m2", "float32"), ("e5m2", "bfloat16"), ("e0m7", "float32")])
+def test_scales_to_the_ends_of_e8m0(fmt, dtype, exponent):
+    """2^-127 and 2^127, by the definition in float64; of blocks down to the smallest normal float32."""
+    rng = np.random.default_rng(exponent % 97)
+    x = rng.uniform(-1, 1, (4, 64)) * 2.0 ** rng.integers(-9, 1, (4, 64)) * 1.99 * 2.0**exponent
+    x[:, ::32] = 1.99 * 2.0**exponent  # saturates in e5m2, if the scale is small enough
+    x = jnp.asarray(np.where(np.abs(x) < 2.0**-126, 0, x), dtype)
+    role = parse_recipe(f"{fmt} scaling=mx").activation
+    for axis in (0, 1):
+        operand, stats = quantise(x, role, initial_state(role), axis, collect=True)
+        expected = reference.quantise(np.asarray(x, np.float32), reference.Role(fmt, "mx"), axis).value
+        np.testing.assert_array_equal(np.asarray(operand.values, np.float64), expected)
+        assert np.isfinite(expected).all() and expected.any() and np.isfinite(stats.scale)
+
+
+def test_gfloat_s_blocks_at_the_lower_end():
+    x = np.zeros((1, 32), np.float32)
+    x[0, :4] = np.array([1.99, -1.0, 0.3, 1.6]) * 2.0**-112
+    expected = gfloat.quantize_block(MX["mxfp8_e5m2"][1], x[0].astype(np.float64), gfloat.compute_scale_amax)
+    np.testing.assert_array_equal(values(x, "mxfp8_e5m2")[0], expected)
+    assert expected[0] == 1.75 * 2.0**-112, "under a scale of 2^-126 it would not saturate"
 
 
 def test_statistics():
@@ -163,7 +189,7 @@ def test_statistics():
     x = np.zeros((1, 96), np.float32)
     x[0, :4], x[0, 32:36] = [1, 1e-6, -1e-6, 0.5], 1e-6
     operand, stats = quantised(x, "mxfp8", collect=True)
-    np.testing.assert_allclose(stats.shares, [8 / 96, 2 / 96, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(stats.shares, [8 / 96, 2 / 96, 0, 0, 0], rtol=1e-6)
     assert (np.asarray(operand.values)[0, 32:36] != 0).all()
     assert stats.amax == 1
     codes = np.asarray(stats.codes)

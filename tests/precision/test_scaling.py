@@ -131,9 +131,9 @@ def test_history_over_steps(text, amaxes):
     step = jax.jit(next_state)
     for amax in amaxes:
         state = step(state, np.float32(amax))
-        known = float(np.float32(amax)) if np.isfinite(amax) else 0.0
-        seen = [known, *seen]
-        if np.isfinite(amax):
+        if np.isfinite(amax):  # another one changes nothing
+            known = float(np.float32(amax))
+            seen = [known, *seen]
             mean = 0.9 * mean + 0.1 * known if mean else known
         window = (seen + [0.0] * role.history)[: role.history]
         np.testing.assert_array_equal(state.history, np.float32(window))
@@ -188,27 +188,6 @@ def test_zeros_stay_zeros(fmt, scaling):
     operand, scale, stats = quantised(np.zeros(SHAPE), f"{fmt} {scaling}", collect=True)
     assert (np.asarray(operand.values, np.float32) == 0).all() and (scale == 1).all()
     assert stats.amax == 0 and stats.scale == 1 and not np.asarray(stats.shares).any()
-
-
-@pytest.mark.parametrize("fmt", ["e5m2", "e4m3fn", "e4m3fnuz", "e3m4:inf=0,nan=0", "e7m0"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("overflow", ["saturate", "special"])
-def test_nan_and_inf(fmt, scaling, overflow):
-    """A spoilt tensor shows as what it is: scale 1, NaN stays NaN. Inf saturates, or is the format's special value."""
-    described = get_format(fmt)
-    x = np.array([[1.0, np.nan, -0.5, 0.0], [1.0, 0.5, -0.5, 0.0]], np.float32)
-    for spoilt, became in ((np.nan, np.nan), (-np.inf, -described.max)):
-        x[0, 1] = spoilt
-        if overflow == "special" and spoilt < 0:
-            became = -np.inf if described.inf else np.nan if described.nan != "none" else became
-        operand, scale, stats = quantised(x, f"{fmt} {scaling} overflow={overflow}", collect=True)
-        q = np.asarray(operand.values, np.float64)
-        np.testing.assert_array_equal(scale[0], 1) if scale.ndim else None
-        np.testing.assert_array_equal(q[0], [1, became, -0.5, 0])
-        np.testing.assert_allclose(q[1] / scale.reshape(-1)[-1], x[1], rtol=1e-7)
-        np.testing.assert_array_equal(stats.amax, np.abs(spoilt))
-        shares = {"nonzero": 6 / 8, "underflow": 0, "overflow": 0, "nan": np.isnan(became) / 8}
-        np.testing.assert_array_equal(stats.shares, np.float32(list(shares.values())))
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,11 @@ def test_a_condition_alone_gives_the_same_losses(done, lab, tmp_path):
 
 
 @pytest.mark.slow
-def test_failures_are_results_and_the_rest_goes_on(lab, tmp_path):
-    """One rate diverges among lanes."""
+@pytest.mark.parametrize("patience", [2, 1000])
+def test_failures_are_results_and_the_rest_goes_on(lab, tmp_path, patience):
+    """One rate diverges among lanes, at once, or at the end."""
     axes = ONE_GROUP | {"recipes": (("e5m2", "e5m2"),), "rates": (1.0, 1e30), "seeds": (0,)}
-    base = {"stability__nan_patience": 2, "optimizer__grad_clip": 0.0}
+    base = {"stability__nan_patience": patience, "optimizer__grad_clip": 0.0}
     assert sweep(tiny_matrix(lab, base, **axes), tmp_path / "a", (0, 1)) == 0
     assert {n: summary(tmp_path / "a" / n)["status"] for n in folders(tmp_path / "a")} == {
         "e5m2-adamw-rate1-seed0": "finished",
