@@ -28,6 +28,7 @@ import numpy.typing as npt
 from jax import lax
 
 from altgrad_jax.diagnostics.weights import map_alike
+from altgrad_jax.precision.largest import amax
 from altgrad_jax.precision.weight_grid import WeightGrid
 from altgrad_jax.state import leaf_names
 
@@ -59,7 +60,7 @@ def measure(grads: Any, params: Any, grids: Any) -> Array:
 def _measure(g: Array, w: Array, grid: WeightGrid | None) -> Array:
     """`measure` of one parameter."""
     g, w = g.astype(jnp.float32), w.astype(jnp.float32)
-    size, largest = jnp.abs(g), jnp.max(jnp.abs(g))
+    size, largest = jnp.abs(g), amax(g)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
     scaled = g / unit
     magnitude = jnp.abs(scaled)
