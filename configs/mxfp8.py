@@ -6,8 +6,8 @@
 Blocks run along the contraction of each product, so that every operand is rounded twice, once for either product.
 Emulated: no H100 or H200 multiplies block-scaled operands.
 
-Expect: in the quick variant a loss clearly above BF16's. It has a power of two of tokens a step, where the standard's rule
-for scales lets the targets' entries of the output layer's gradient saturate (docs/results/formats.md).
+Expect: in the quick variant a loss clearly above BF16's. It has a power of two of tokens a step, where the standard's
+rule for scales lets the targets' entries of the output layer's gradient saturate (docs/results/formats.md).
 """
 
 from altgrad_jax.config import load_sibling
