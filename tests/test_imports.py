@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 LAYERS = (
     ("__init__", "errors", "interrupt", "meter", "ranking", "relay", "scripts", "streams"),
     ("allocator",),
-    ("precision", "recomputation", "files", "multilabel"),
-    ("model", "losses", "optimizers", "loss_scale", "stability", "machine", "profiling"),
+    ("precision", "recomputation", "loss_scale", "files", "multilabel"),
+    ("model", "losses", "optimizers", "stability", "machine", "profiling"),
     ("layers",),
     ("weights", "flops", "objectives"),
     ("state",),
