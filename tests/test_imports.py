@@ -19,7 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 LAYERS = (
     ("__init__", "errors", "interrupt", "meter", "ranking", "relay", "scripts", "streams"),
     ("allocator",),
-    ("precision", "recomputation", "loss_scale", "files", "multilabel"),
+    ("precision", "recomputation", "files", "multilabel"),
+    ("loss_scale",),
     ("model", "losses", "optimizers", "stability", "machine", "profiling"),
     ("layers",),
     ("weights", "flops", "objectives"),
