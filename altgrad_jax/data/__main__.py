@@ -97,9 +97,9 @@ def _settings() -> ConfigDict:
         if NAME.value == "files" and not PATH.value:
             raise UsageError("--name=files needs --path")
         return ConfigDict({"data": data, "model": {"vocab_size": VOCAB_SIZE.value}})
-    for flag in (NAME, PATH, DATA_DIR, TOKENIZER, VOCAB_SIZE):
-        if flag.present:
-            raise UsageError(f"--{flag.name} and --config both say what to prepare; use --config.data.{flag.name}")
+    if given := [flag.name for flag in (NAME, PATH, DATA_DIR, TOKENIZER, VOCAB_SIZE) if flag.present]:
+        beside, settings = (", ".join(f"{prefix}{name}" for name in given) for prefix in ("--", "--config.data."))
+        raise UsageError(f"{beside} beside --config, which says what to prepare: use {settings}")
     config = CONFIG.value.base if "base" in CONFIG.value else CONFIG.value
     validate(config)
     return config

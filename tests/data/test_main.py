@@ -163,11 +163,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["prepare", "--name=files"], 2, ["--name=files needs --path"]),
     (["show", "--name=files", "--path=nowhere.txt"], 1, ["nowhere.txt does not exist"]),
     (["prepare", "--name=embedded", "--source=."], 2, ["--source is for EUR-Lex", "embedded"]),
-    (
-        ["show", "--config=configs/bf16.py", "--vocab_size=300"],
-        2,
-        ["--vocab_size and --config both"],
-    ),
+    (["show", "--config=configs/bf16.py", "--vocab_size=3"], 2, ["--data_dir, --vocab_size beside", "data.vocab_size"]),
     (["prepare", "--source=nowhere"], 1, ["nowhere"]),
     (["prepare", "--vocab_size=0"], 2, ["vocab_size"]),
     (["batch"], 2, ["batch needs --workdir and --step"]),
