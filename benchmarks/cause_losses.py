@@ -4,8 +4,8 @@
 
 Writes every condition's last validation loss, and comparisons over shared seeds: mean, 95 % interval, p of the paired t
 test and of the equivalence test within 0.05 nats (altgrad_jax/report/statistics.py), Holm-corrected over the table that
-they stand in. Prints the tables as Markdown. A gap is to BF16 with AdamW of the same sizes, seed and rate; its own loss
-scale does not matter to it, so that of 1 serves all.
+they stand in. Prints the tables as Markdown. A gap is to BF16 with AdamW of the same sizes, seed and rate, and a loss
+scale of 1.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from altgrad_jax.tracking import read_metrics
 FIRST_STEP = 1
 GRADIENT = "quant/lm_head/gradient/underflow"
 CONTROL = "e8m7"
+VOCABULARIES = ("vocabulary-tiny", "e3m4-tiny")  # sweeps of one format in the output layer alone
 SIZES = ("learning_rate", "width", "vocabulary", "batch")  # in which a condition and its base agree
 BASE = {"recipe": "bf16", "optimizer": "adamw", "loss_scale": "1"}
 SHOWN = ("recipe", "layers", "vocabulary", "batch", "loss_scale")
@@ -248,7 +249,7 @@ def main() -> None:
     for name, rows in tables.items():
         print(f"{name}\n\n{markdown(rows)}\n")
     if given.picture:
-        plot(tables["output_layer-tiny"], tables["vocabulary-tiny"], given.picture)
+        plot(tables["output_layer-tiny"], [row for name in VOCABULARIES for row in tables[name]], given.picture)
     found = {"commands": [" ".join(command) for command in commands], "comparisons": tables}
     save_results(given.out, found | {"runs": [asdict(run) for run in runs]})
 
