@@ -204,7 +204,7 @@ def plot(places: list[dict[str, Any]], vocabularies: list[dict[str, Any]], path:
     left.invert_yaxis()
     left.axvline(0, color="0.6", linewidth=1)
     left.set_xlabel("validation loss above BF16, nats (mean, 95 %)")
-    left.legend(frameon=False, fontsize=9, loc="center right")
+    left.legend(frameon=False, fontsize=9, loc="lower right")
     for fmt in COLOURS:
         rows = [row for row in [*vocabularies, *places] if (row["recipe"], row["layers"]) == (fmt, "lm_head")]
         rows.sort(key=lambda row: row["vocabulary"])
@@ -249,7 +249,7 @@ def main() -> None:
     for name, rows in tables.items():
         print(f"{name}\n\n{markdown(rows)}\n")
     if given.picture:
-        plot(tables["output_layer-tiny"], [row for name in VOCABULARIES for row in tables[name]], given.picture)
+        plot(tables["output_layer-tiny"], [row for name in VOCABULARIES for row in tables.get(name, [])], given.picture)
     found = {"commands": [" ".join(command) for command in commands], "comparisons": tables}
     save_results(given.out, found | {"runs": [asdict(run) for run in runs]})
 
