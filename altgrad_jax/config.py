@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.loss_scale import parse_loss_scale
-from altgrad_jax.model import REMATS
+from altgrad_jax.model import GELUS, REMATS
 from altgrad_jax.optimizers.factory import OPTIONS
 from altgrad_jax.optimizers.manifold import FORMS, PLACEMENTS
 from altgrad_jax.optimizers.rules import optimizer_violations
@@ -31,6 +31,7 @@ CHOICES = {
     "task": ("lm", "classify"),
     "classify.long_documents": ("cut", "split"),
     "model.attention": ("auto", "xla", "cudnn"),
+    "model.gelu": GELUS,
     "data.name": ("auto", "eurlex", "eurlex-local", "eurlex57k", "lexglue", "embedded", "files"),
     "data.tokenizer": ("auto", "bpe", "bytes", "gpt2"),
     "optimizer.name": tuple(OPTIONS),

@@ -1,6 +1,6 @@
 """A GPT-2 style transformer in flax.nnx. Knows nothing of training.
 
-Pre-LayerNorm blocks, learned positions, tanh-GELU, tied embeddings. Parameters are float32; dense layers multiply in
+Pre-LayerNorm blocks, learned positions, GELU, tied embeddings. Parameters are float32; dense layers multiply in
 `compute_dtype`; LayerNorm, softmax and logits are float32. Shape letters: B batch, T time, S cached time, C width,
 H heads, D head width, V vocabulary, N tokens (B * T).
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import jax
@@ -25,6 +26,7 @@ Array = jax.Array
 Quantised = Mapping[str, tuple[Prepared, Probe | None]]
 UNQUANTISED: Quantised = {}
 REMATS = ("none", "block")
+GELUS = ("tanh", "exact")
 INIT_STD = 0.02  # GPT-2, Radford et al. 2019
 NORM_EPS = 1e-5
 
@@ -33,7 +35,8 @@ NORM_EPS = 1e-5
 class GPTConfig:
     """The network's shape. Field names are the keys of `config.model`, but for the last three.
 
-    With `labels` above 0 it is a classifier: hidden states go to so many outputs, and to no next token.
+    With `labels` above 0 it is a classifier: hidden states go to so many outputs, and to no next token. `gelu` is
+    "exact", x Phi(x), or "tanh", an approximation of it (Hendrycks & Gimpel 2016, arXiv 1606.08415).
     """
 
     n_layer: int
@@ -44,6 +47,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     tie_embeddings: bool = True
+    gelu: str = "tanh"
     attention: str = "auto"
     compute_dtype: str = "bfloat16"
     remat: str = "none"
@@ -182,22 +186,20 @@ class Attention(nnx.Module):
         return self.proj(y.reshape(x_BTC.shape), quantised), k_BSHD, v_BSHD
 
 
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
 class MLP(nnx.Module):
-    """Two dense layers around a tanh-GELU, four times as wide inside."""
+    """Two dense layers around a GELU, four times as wide inside."""
 
     def __init__(self, path: str, config: GPTConfig, rngs: nnx.Rngs):
         width = config.n_embd
         self.up = Linear(f"{path}.up", width, 4 * width, INIT_STD, config, rngs)
         self.down = Linear(f"{path}.down", 4 * width, width, INIT_STD / math.sqrt(2 * config.n_layer), config, rngs)
+        self.approximate = config.gelu == "tanh"
 
     def __call__(self, x_BTC: Array, quantised: Quantised) -> Array:
         """[B, T, C] -> [B, T, C]."""
         # Recomputed backward: a few operations an element, against keeping two more arrays four times the width.
-        return self.down(jax.checkpoint(_gelu)(self.up(x_BTC, quantised)), quantised)
+        gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=self.approximate))
+        return self.down(gelu(self.up(x_BTC, quantised)), quantised)
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -353,6 +355,10 @@ class GPT(nnx.Module):
 
 
 def gpt_config(model: dict, compute_dtype: str, remat: str = "none", labels: int = 0) -> GPTConfig:
-    """Builds a `GPTConfig` from the `model` section of a configuration; `labels` makes it a classifier."""
+    """Builds a `GPTConfig` from the `model` section of a configuration; `labels` makes it a classifier.
+
+    What the configuration of an older run does not have yet is as it was then, the default.
+    """
     names = {field.name for field in dataclasses.fields(GPTConfig)} - {"compute_dtype", "remat", "labels"}
+    names = {name for name in names if name in model}
     return GPTConfig(**{name: model[name] for name in names}, compute_dtype=compute_dtype, remat=remat, labels=labels)

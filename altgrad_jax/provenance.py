@@ -67,6 +67,8 @@ def identity(config: ConfigDict, cache: TokenCache) -> dict[str, Any]:
         facts.update({f"{section}.{key}": value for key, value in full[section].items()})
     for option in set(OWN_OPTIONS) - set(OPTIONS[config.optimizer.name]):
         del facts[f"optimizer.{option}"]  # another optimizer's
+    if facts["model.gelu"] == "tanh":
+        del facts["model.gelu"]  # as in runs from before there was a choice
     interventions = {key: full["stability"][key] for key in ("skip_nonfinite", "relative_clip", "rewinds")}
     if config.stability.fallback:
         interventions |= {key: value for key, value in full["stability"].items() if key.startswith("fallback")}

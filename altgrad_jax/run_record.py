@@ -116,14 +116,16 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
     resolved, shape = exp.resolved(), config.model
     overlap = open_overlap(exp.cache)
     shared = overlap.line() if overlap else ""
+    gelu = ", exact GELU" if shape.gelu == "exact" else ""
     row, entropy = "examples", {}
     if not exp.task.labels:
         row, known = "windows", "" if floor is None else f", floor {floor:.4f} (no model can expect less)"
         entropy = {f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token{known}"}
     return {
         "work directory": str(workdir.path),
-        "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, vocabulary"
-        f" {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings)",
+        "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}{gelu},"
+        f" vocabulary {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without"
+        " embeddings)",
         "optimizer": _optimizer(exp),
         "compute": f"{config.precision.compute}, {_quantised(exp)},"
         f" attention {resolved['attention']}, {resolved['devices']}",

@@ -32,7 +32,7 @@ Array = jax.Array
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MANIFEST = {  # what of it is read here
     "config": {
-        "model": {**dict.fromkeys(_SIZES, int), "tie_embeddings": bool},
+        "model": {**dict.fromkeys(_SIZES, int), "tie_embeddings": bool, "gelu?": str},
         "precision": {"compute": str, "rules?": [[str]]},
         "optimizer": {"weights?": str},
         "stability?": dict,

@@ -188,7 +188,7 @@ def original(fp8: bool) -> Callable[..., Step]:
         facts = {
             "torch": torch.__version__,
             "device": device,
-            "differs": "its own model, with biases; gradient statistics",
+            "differs": "its own model, with biases and exact GELU; gradient statistics",
         }
         return Step(_until_done(lambda: trainer.train_step(x, y)), facts, _torch_peak)
 

@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.dropout = 0.0
     config.model.bias = False
     config.model.tie_embeddings = True
+    config.model.gelu = "tanh"  # tanh (OpenAI's GPT-2, Hugging Face's) | exact (nanoGPT's, AltGrad's)
     config.model.attention = "auto"  # auto | xla | cudnn
 
     config.data = ConfigDict()

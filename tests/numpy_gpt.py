@@ -6,6 +6,7 @@ head and one position at a time, as the formulas read; nothing is shared with al
 """
 
 import math
+import statistics
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,9 @@ def _linear(x: Floats, parameters: dict) -> Floats:
     return y + parameters["bias"] if "bias" in parameters else y
 
 
-def _gelu(x: Floats) -> Floats:
+def _gelu(x: Floats, kind: str) -> Floats:
+    if kind == "exact":
+        return x * np.vectorize(statistics.NormalDist().cdf)(x)
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -47,14 +50,14 @@ def _attention(x: Floats, parameters: dict, n_head: int) -> Floats:
     return _linear(out, parameters["proj"])
 
 
-def logits(params: dict, tokens: npt.NDArray[np.integer], n_head: int) -> Floats:
+def logits(params: dict, tokens: npt.NDArray[np.integer], n_head: int, gelu: str = "tanh") -> Floats:
     """Next-token logits of one sequence, [T] -> [T, V]; `params` is a nested dict, without "lm_head" if it is tied."""
     params = _float64(params)
     x = np.stack([params["wte"][token] + params["wpe"][position] for position, token in enumerate(tokens)])
     for i in range(len(params["blocks"])):
         block = params["blocks"][i]
         x = x + _attention(_layer_norm(x, block["norm_1"]), block["attn"], n_head)
-        inner = _gelu(_linear(_layer_norm(x, block["norm_2"]), block["mlp"]["up"]))
+        inner = _gelu(_linear(_layer_norm(x, block["norm_2"]), block["mlp"]["up"]), gelu)
         x = x + _linear(inner, block["mlp"]["down"])
     x = _layer_norm(x, params["norm_f"])
     return x @ (params["lm_head"] if "lm_head" in params else params["wte"].T)

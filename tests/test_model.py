@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from altgrad_jax.layers import parameter_counts
-from altgrad_jax.model import GPT, GPTConfig, KVCache, Linear, _dropout, attention_implementation
+from altgrad_jax.model import GELUS, GPT, GPTConfig, KVCache, Linear, _dropout, attention_implementation, gpt_config
 from altgrad_jax.state import init_params, leaf_names, model_structure
 from tests import numpy_gpt
 
@@ -34,7 +34,7 @@ def forward_error(config: GPTConfig) -> float:
     params = parameters(config)
     logits = call(config, params, GPT.__call__, TOKENS)
     assert logits.dtype == jnp.float32 and logits.shape == (*TOKENS.shape, config.vocab_size)
-    expected = np.stack([numpy_gpt.logits(params, row, config.n_head) for row in TOKENS])
+    expected = np.stack([numpy_gpt.logits(params, row, config.n_head, config.gelu) for row in TOKENS])
     return np.abs(logits - expected).max() / np.abs(expected).max()
 
 
@@ -49,6 +49,22 @@ def test_bfloat16_forward_is_near_the_reference(bias, tied):
     error = forward_error(dataclasses.replace(TINY, bias=bias, tie_embeddings=tied, compute_dtype="bfloat16"))
     # bfloat16 rounds by up to 2^-9 = 0.2 %, some twenty times in a row here; 1.0 % seen. No error: not bfloat16.
     assert 1e-3 < error < 0.03
+
+
+def test_exact_gelu_is_the_reference_and_another_than_tanh():
+    exact = dataclasses.replace(TINY, gelu="exact")
+    assert forward_error(exact) < 2e-6
+    assert 1e-3 < forward_error(dataclasses.replace(exact, compute_dtype="bfloat16")) < 0.03
+    params = parameters(exact)
+    by_kind = [np.asarray(call(dataclasses.replace(TINY, gelu=kind), params, GPT.__call__, TOKENS)) for kind in GELUS]
+    assert 1e-5 < np.abs(by_kind[0] - by_kind[1]).max() / np.abs(by_kind[0]).max() < 1e-2
+
+
+def test_models_of_runs_from_before_a_setting_have_its_default():
+    section = {**dataclasses.asdict(TINY)}
+    assert gpt_config({**section, "gelu": "exact"}, "float32").gelu == "exact"
+    del section["gelu"]
+    assert gpt_config(section, "float32") == dataclasses.replace(TINY, compute_dtype="float32")
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

@@ -29,6 +29,7 @@ MUST_AGREE = (
     "model.block_size",
     "model.vocab_size",
     "model.tie_embeddings",
+    "model.gelu",
     "train.batch_size",
     "train.eval_batches",
     "optimizer.schedule",
@@ -204,7 +205,8 @@ def read_runs(paths: Iterable[str]) -> list[Run]:
 
 def differences(run: Run, first: Run) -> list[str]:
     """Why the losses of two runs say nothing about each other: "model.n_embd: 128 -> 384"; empty if they do."""
-    before, now = ({"task": "lm"} | one.identity for one in (first, run))  # runs that learn tokens do not say so
+    unsaid = {"task": "lm", "model.gelu": "tanh"}  # of the common case an identity says nothing
+    before, now = (unsaid | one.identity for one in (first, run))
     found = [
         f"{key}: {_short(before[key])} -> {_short(now[key])}"
         for key in MUST_AGREE
