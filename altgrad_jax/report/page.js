@@ -65,7 +65,19 @@
     return made;
   }
 
-  const options = { actions: false, renderer: "svg", tooltip: { theme: "altgrad" } };
+  // Under the pointer lies a cell of a Voronoi diagram, whose datum is a point, whose datum is the row. Vega-Lite reads
+  // numbers from the row and texts from the point, which has none.
+  function patch(vega) {
+    walk(vega, (node) => {
+      const tip = node.encode && node.encode.update && node.encode.update.tooltip;
+      if (tip && tip.signal && tip.signal.includes("datum.datum")) {
+        tip.signal = tip.signal.replace(/\bdatum(\.datum)?\b/g, "datum.datum");
+      }
+    });
+    return vega;
+  }
+
+  const options = { actions: false, renderer: "svg", tooltip: { theme: "altgrad" }, patch };
 
   async function draw(element, spec, named) {
     const name = element.dataset.chart;

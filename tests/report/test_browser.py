@@ -27,6 +27,7 @@ ARGUMENTS = [
 ]
 CHARTS = {"losses", "gaps", "final_gaps", "matrix", "gains", "heat"}
 READY = "document.documentElement.dataset.ready === 'true'"
+OPTIMIZERS = ("adamw", "relative", "madam")
 LINES = "document.querySelectorAll('[data-chart=losses] svg .mark-line path').length"
 
 
@@ -90,7 +91,7 @@ def written(folder: Path, page: Path) -> Path:
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
-    make_matrix(folder / "m", ("e0m7", "e5m2", "e7m0"), ("adamw", "relative", "madam"), (1, 2, 3))
+    make_matrix(folder / "m", ("e0m7", "e5m2", "e7m0"), OPTIMIZERS, (1, 2, 3))
     return written(folder / "m", folder / "report.html")
 
 
@@ -103,7 +104,7 @@ def test_charts_are_drawn_and_the_page_fits(reader, matrix, width, scheme):
             " e.querySelectorAll('svg path').length, e.querySelector('svg').getBoundingClientRect().width])"
         )
         assert {name for name, _, _ in charts} == CHARTS
-        assert all(paths > 5 and 0.6 * min(width, 1120) < wide <= width for _, paths, wide in charts), charts
+        assert all(paths > 5 and 0.6 * min(width, 1320) < wide <= width for _, paths, wide in charts), charts
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         # Wide tables scroll in their own box.
         wider = "[...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth)"
@@ -158,19 +159,55 @@ def test_the_controls_change_the_axes(reader, matrix):
         heat.locator("text", has_text="stall").first.wait_for()
 
 
-def test_hovering_names_the_condition(reader, matrix):
+CURVES = {f"{curve}, {optimizer}" for curve in ("bf16", "e0m7", "e5m2", "e7m0") for optimizer in OPTIMIZERS}
+
+
+def said_under_the_pointer(tab, chart: str) -> dict[str, str]:
+    """The tooltip of a chart as {name: value}, the pointer in its middle."""
+    tab.locator(f"[data-chart={chart}]").scroll_into_view_if_needed()
+    box = tab.locator(f"[data-chart={chart}] svg").bounding_box()
+    for share in (0.5, 0.52):
+        tab.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+        tab.wait_for_timeout(200)
+    tip = tab.locator("#vg-tooltip-element")
+    tip.wait_for(state="visible")
+    return {row.locator("td.key").inner_text(): row.locator("td.value").inner_text() for row in tip.locator("tr").all()}
+
+
+@pytest.mark.parametrize("chart", ["losses", "gaps"])
+def test_hovering_over_a_line_names_the_condition(reader, matrix, chart):
     with reader.reading(matrix) as tab:
-        tab.locator("[data-chart=losses]").scroll_into_view_if_needed()
-        box = tab.locator("[data-chart=losses] svg").bounding_box()
-        for share in (0.5, 0.52):
-            tab.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
-            tab.wait_for_timeout(200)
-        points = "[...document.querySelectorAll('[data-chart=losses] svg .mark-symbol path')]"
+        if chart == "losses":  # drawn anew as well as at first
+            tab.select_option(".controls[data-for=losses] [name=kind]", "training")
+        said = said_under_the_pointer(tab, chart)
+        assert said["condition"] in CURVES and "undefined" not in said.values()
+        points = f"[...document.querySelectorAll('[data-chart={chart}] svg .mark-symbol path')]"
         tab.wait_for_function(f"{points}.filter(e => +e.getAttribute('opacity') === 1).length === 1")
-        tab.locator("[data-chart=matrix] svg text", has_text="+0.0").first.hover()
+
+
+@pytest.mark.parametrize(
+    ("chart", "where"),
+    [
+        ("matrix", "[data-chart=matrix] svg .mark-rect path >> nth=3"),
+        ("final_gaps", "[data-chart=final_gaps] svg .mark-symbol.role-mark path >> nth=3"),
+        ("gains", "[data-chart=gains] svg .mark-symbol.role-mark path >> nth=3"),
+    ],
+)
+def test_hovering_over_a_cell_or_a_point_names_the_condition(reader, matrix, chart, where):
+    with reader.reading(matrix) as tab:
+        tab.locator(where).hover(force=True)
         tip = tab.locator("#vg-tooltip-element")
         tip.wait_for(state="visible")
-        assert "condition" in tip.inner_text() and "95" not in tip.inner_text() and "[+" in tip.inner_text()
+        cells = tip.locator("tr").all()
+        said = {row.locator("td.key").inner_text(): row.locator("td.value").inner_text() for row in cells}
+        assert said["condition"] in CURVES, (chart, said)
+
+
+def test_wide_tables_show_all_their_columns_on_a_wide_screen(reader, matrix):
+    with reader.reading(matrix, 1400) as tab:
+        for table in ("results", "formats", "gains", "matrix", "first_failures", "speed"):
+            cut = f"(e => e.scrollWidth - e.clientWidth)(document.querySelector('#table-{table} .scroll'))"
+            assert tab.evaluate(cut) <= 0, table
 
 
 def test_on_paper_everything_is_open_and_black_on_white(reader, matrix):
