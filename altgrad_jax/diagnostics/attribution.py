@@ -11,8 +11,9 @@ first row with a NaN names its origin, and not the layers that it spread to.
     nan        quant/<layer>/<role>/nan                > 0      one NaN spreads to every later value. Where none came
                                                                 in: a spoilt operand is not counted here again
     overflow   quant/<layer>/<role>/overflow           > 0.01   the largest values, which carry most, are cut off
-    underflow  quant/<layer>/<role>/magnitude_lost     > 0.1    share of the sum of magnitudes that became zero. Not the
-                                                                share of the elements: most of a tensor may be so small
+    underflow  quant/<layer>/<role>/energy_lost        > 0.19   what is left is more than 26 degrees off
+               quant/<layer>/<role>/sum_lost           > 0.1    what is lost pulls one way and does not average out. Not
+                                                                the share of elements: most of a tensor may be so small
                                                                 that losing it changes nothing
     gradient   grads/<layer>/cosine                    < 0.9    more than 26 degrees off: noise of half its length
     stall      weights/<layer>/stall                   > 0.95   one update in twenty moves a weight. After warm-up, and
@@ -40,12 +41,12 @@ from typing import Any
 
 from altgrad_jax.optimizers.factory import KEEP_TO_GRIDS
 
-LOST = 0.1
 THRESHOLDS: Mapping[str, float] = {
     "spoilt": 0.0,
     "nan": 0.0,
     "overflow": 0.01,
-    "underflow": LOST,
+    "underflow": 0.19,  # of the energy: 1 - 0.9^2
+    "one-sided underflow": 0.1,  # of the sum
     "gradient": 0.9,
     "stall": 0.95,
     "blow-up": 0.3,
@@ -53,6 +54,7 @@ THRESHOLDS: Mapping[str, float] = {
     "sensitive rank": 0.15,  # of lm_head, wte and *.proj
     "loss": math.inf,
 }
+LOST = {"energy_lost": "underflow", "sum_lost": "one-sided underflow"}  # which threshold is a metric's
 SIGNS = {"gradient": "<", "rank": ">="}  # of what fails; ">" of the others
 KINDS = ("spoilt", "nan", "overflow", "underflow", "gradient", "stall", "blow-up", "rank", "loss")
 # The parts of a step, in its order.
@@ -198,8 +200,8 @@ def _crossings(
                 pass  # what came in is to blame
             case ["quant", layer, role, ("nan" | "overflow") as kind] if value > limits[kind]:
                 yield role, layer, role, kind, value, limits[kind]
-            case ["quant", layer, role, "magnitude_lost"] if value > limits["underflow"]:
-                yield role, layer, role, "underflow", value, limits["underflow"]
+            case ["quant", layer, role, ("energy_lost" | "sum_lost") as what] if value > limits[LOST[what]]:
+                yield role, layer, role, "underflow", value, limits[LOST[what]]
             case ["grads", layer, "cosine"] if value < limits["gradient"] or _lost(record, layer, value):
                 yield "gradient", layer, "gradient", "gradient", value, limits["gradient"]
             case ["weights", layer, "stall"] if value > limits["stall"] and training.on_grid and warm:

@@ -1,7 +1,10 @@
 """What the formats did to each layer's operands in one step: counted on the very conversions of that step.
 
     underflow    of the elements that were not zero, the share that became zero
-    magnitude_lost  of the sum of all magnitudes, the share that became zero with them: what underflow takes away
+    energy_lost  of the sum of squares, the share of what became zero: the cosine to what the tensor was is the root of
+                 the rest
+    sum_lost     the sum of what became zero, without its sign, over the sum of magnitudes: near 0 where signs are
+                 mixed and errors average out; large where what is lost pulls one way, as in a softmax's gradient
     overflow     share of the elements beyond the largest value, by more than half a step, that were finite before
     nan          share of the elements that are NaN after it
     nonfinite    share of the elements that were infinite or NaN before it: one spoils all that share its scale
@@ -26,8 +29,8 @@ from altgrad_jax.precision.policy import LayerState, Policy
 from altgrad_jax.precision.statistics import RoleStats
 
 Array = jax.Array
-MEASURES = ("underflow", "overflow", "nan", "nonfinite", "amax", "amax_mean", "scale", "magnitude_lost")
-RATES = ("underflow", "overflow", "nan", "nonfinite", "magnitude_lost", "codes_used")
+MEASURES = ("underflow", "overflow", "nan", "nonfinite", "amax", "amax_mean", "scale", "energy_lost", "sum_lost")
+RATES = ("underflow", "overflow", "nan", "nonfinite", "energy_lost", "sum_lost", "codes_used")
 CODES = 256
 
 
@@ -40,11 +43,13 @@ def measure(policy: Policy, stats: Mapping[str, Mapping[str, RoleStats]], state:
     measures, codes = [], []
     for layer, role in rows(policy):
         seen = stats[layer][role]
-        assert seen.shares is not None and seen.scale is not None and seen.magnitudes is not None, "were gathered"
+        assert seen.shares is not None and seen.scale is not None and seen.sums is not None, "were gathered"
         nonzero, underflow, overflow, nan, nonfinite = seen.shares
-        rate, lost = _part(underflow, nonzero), _part(seen.magnitudes[1], seen.magnitudes[0])
+        of_x, gone, energy, energy_gone = seen.sums
+        lost = _part(energy_gone, energy), _part(jnp.abs(gone), of_x)
+        rate = _part(underflow, nonzero)
         mean = state[layer][role].mean
-        measures.append(jnp.stack([rate, overflow, nan, nonfinite, seen.amax, mean, seen.scale, lost]))
+        measures.append(jnp.stack([rate, overflow, nan, nonfinite, seen.amax, mean, seen.scale, *lost]))
         found = jnp.zeros((0,)) if seen.codes is None else seen.codes
         codes.append(jnp.pad(found, (0, CODES - found.size)))
     return jnp.stack(measures), jnp.stack(codes)

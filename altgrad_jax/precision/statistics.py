@@ -30,14 +30,15 @@ class RoleStats:
         beyond the largest value and more than half a step away from it, those that became NaN or were it, and those
         that were infinite or NaN before.
       codes: share of the elements in each code, float32 [2^bits]; formats up to 8 bits.
-      magnitudes: means over all elements, float32 [2]: of |x|, and of |x| where it became zero, else 0.
+      sums: means over all elements, float32 [4]: of |x|; of x, sign and all, where it became zero, else 0; of
+        (x / amax)^2; of that where it became zero, else 0.
     """
 
     amax: Array
     scale: Array | None = None
     shares: Array | None = None
     codes: Array | None = None
-    magnitudes: Array | None = None
+    sums: Array | None = None
 
 
 def empty_stats(fmt: FloatFormat, collect: bool) -> RoleStats:
@@ -46,7 +47,7 @@ def empty_stats(fmt: FloatFormat, collect: bool) -> RoleStats:
     if not collect:
         return RoleStats(zero)
     codes = jnp.zeros((1 << fmt.bits,), jnp.float32) if fmt.bits <= COUNTED_BITS else None
-    return RoleStats(zero, zero, jnp.zeros((len(SHARES),), jnp.float32), codes, jnp.zeros((2,), jnp.float32))
+    return RoleStats(zero, zero, jnp.zeros((len(SHARES),), jnp.float32), codes, jnp.zeros((4,), jnp.float32))
 
 
 def count(
@@ -80,9 +81,10 @@ def count(
         codes = jnp.zeros((1 << fmt.bits,), jnp.float32)
         if grid is None:
             codes = jnp.zeros((1 << fmt.bits,), jnp.int32).at[code].add(1).astype(jnp.float32) / code.size
-    of_x = jnp.abs(x)
-    magnitudes = jnp.stack([jnp.mean(of_x), jnp.mean(jnp.where(gone, of_x, 0.0))]).astype(jnp.float32)
-    return RoleStats(amax, jnp.mean(scale), means, codes, magnitudes)
+    energy = jnp.square(x / jnp.where(amax == 0, 1.0, amax))  # in a unit in which no square is too small or too large
+    sums = [jnp.abs(x), jnp.where(gone, x, 0.0), energy, jnp.where(gone, energy, 0.0)]
+    means_of = jnp.stack([jnp.mean(of, dtype=jnp.float32) for of in sums])
+    return RoleStats(amax, jnp.mean(scale), means, codes, means_of)
 
 
 def saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
@@ -105,6 +107,10 @@ def over_devices(stats: RoleStats, axis_name: str) -> RoleStats:
     return _combined(stats, lambda x: largest.amax_over_devices(x, axis_name), lambda x: lax.pmean(x, axis_name))
 
 
-def _combined(stats, amax, mean) -> RoleStats:
+def _combined(stats, amax_of, mean) -> RoleStats:
+    amax = amax_of(stats.amax)
     rest = {f.name: getattr(stats, f.name) for f in fields(stats) if f.name != "amax"}
-    return RoleStats(amax(stats.amax), **{name: None if x is None else mean(x) for name, x in rest.items()})
+    if stats.sums is not None:
+        unit = jnp.square(stats.amax / jnp.where(amax == 0, 1.0, amax))  # each part's squares are in a unit of its own
+        rest["sums"] = stats.sums * jnp.stack([jnp.ones_like(unit), jnp.ones_like(unit), unit, unit], axis=-1)
+    return RoleStats(amax, **{name: None if x is None else mean(x) for name, x in rest.items()})

@@ -18,7 +18,7 @@ WORDS = {
     "spoilt": "an infinity or NaN that comes into the {role}",
     "nan": "a NaN in the {role}",
     "overflow": "overflow of the {role}",
-    "underflow": "underflow of the {role} (a tenth of its magnitude or more)",
+    "underflow": "underflow of the {role} (by what it loses)",
     "gradient": "the direction of a layer's gradient",
     "stall": "updates that move no rounded weight",
     "blow-up": "an update as long as a third of its weights",

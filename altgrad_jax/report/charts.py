@@ -22,7 +22,8 @@ INK = "currentColor"
 FONT = "system-ui, sans-serif"  # one that a canvas knows too: Vega measures texts there
 HEAT = {
     # measure -> (domain, scheme, reversed, format): full colour where the threshold of failure is
-    "magnitude lost": ((0.0, THRESHOLDS["underflow"]), "orangered", False, ".3~g"),
+    "energy lost": ((0.0, THRESHOLDS["underflow"]), "orangered", False, ".3~g"),
+    "sum lost": ((0.0, THRESHOLDS["one-sided underflow"]), "orangered", False, ".3~g"),
     "underflow": ((0.0, 1.0), "orangered", False, ".3~g"),  # of elements: no share of them is a failure by itself
     "overflow": ((0.0, THRESHOLDS["overflow"]), "orangered", False, ".3~g"),
     "gradient cosine": ((THRESHOLDS["gradient"], 1.0), "orangered", True, ".4~g"),

@@ -21,7 +21,7 @@ CELLS = 400_000  # of all heat maps together
 DIGITS = 3
 ROLES = ("weight", "activation", "gradient", "update")
 # What heat maps show.
-MEASURES = ("magnitude lost", "underflow", "overflow", "gradient cosine", "stall")
+MEASURES = ("energy lost", "sum lost", "underflow", "overflow", "gradient cosine", "stall")
 RANK = "rank"
 SENSITIVE = 0.01  # nats that rounding one operand of one layer may cost
 
@@ -33,8 +33,8 @@ def place_of(key: str) -> tuple[str, Place] | None:
     match key.split("/"):
         case ["quant", layer, role, ("underflow" | "overflow") as measure]:
             return measure, (layer, role)
-        case ["quant", layer, role, "magnitude_lost"]:
-            return "magnitude lost", (layer, role)
+        case ["quant", layer, role, ("energy_lost" | "sum_lost") as measure]:
+            return measure.replace("_", " "), (layer, role)
         case ["grads", layer, "cosine"]:
             return "gradient cosine", (layer, "gradient")
         case ["weights", layer, "stall"]:
@@ -142,9 +142,9 @@ def first_failure_table(study: Study) -> Table:
         "The first crossing of a threshold in any seed, by step and then in the order of a step (weight, activation,"
         " gradient, update). The loss of rank, which a healthy run has too, early in training, is named as the first"
         f" only where nothing else crossed. Thresholds: {limits}; gradient is a cosine and fails below; underflow is"
-        " the share of a tensor's sum of magnitudes that became zero; a stall counts after warm-up, and only of weights"
-        " that the optimizer keeps on the grid. “None” means that nothing measured crossed: what was not"
-        " measured is not named."
+        " judged by what a tensor loses to zero, of its energy or, one-sided, of its sum; a stall counts after warm-up,"
+        " and only of weights that the optimizer keeps on the grid. “None” means that nothing measured crossed:"
+        " what was not measured is not named."
     )
     return Table("first_failures", "What crossed a threshold first", "condition", columns, tuple(rows), note)
 
@@ -183,13 +183,14 @@ def attribution_table(study: Study, most: int = 12) -> Table:
 class Evidence:
     """What one format did in one layer: the worst over roles and seeds of the last records; NaN where not measured.
 
-    `lost` is the share of a tensor's sum of magnitudes that became zero.
+    `energy_lost` and `sum_lost` are what became zero, as `diagnostics.quantisation` has it.
     """
 
     group: Group
     bits: int
     mantissa_bits: int
-    lost: float
+    energy_lost: float
+    sum_lost: float
     overflow: float
     cosine: float
     sensitivity: float
@@ -200,15 +201,17 @@ class Evidence:
         """The first threshold that it fails; "" if it passes those measured."""
         if self.lost_runs:
             return "a run was lost"
-        if self.lost > THRESHOLDS["underflow"]:
-            return f"magnitude lost {self.lost:.2g}"
+        if self.energy_lost > THRESHOLDS["underflow"]:
+            return f"energy lost {self.energy_lost:.2g}"
+        if self.sum_lost > THRESHOLDS["one-sided underflow"]:
+            return f"sum lost {self.sum_lost:.2g}"
         if self.overflow > THRESHOLDS["overflow"]:
             return f"overflow {self.overflow:.2g}"
         if self.cosine < THRESHOLDS["gradient"]:
             return f"cosine {self.cosine:.3f}"
         if self.sensitivity > SENSITIVE:
             return f"sensitivity {self.sensitivity:.2g} nats"
-        if all(math.isnan(v) for v in (self.lost, self.overflow, self.cosine, self.sensitivity)):
+        if all(math.isnan(v) for v in (self.energy_lost, self.sum_lost, self.overflow, self.cosine, self.sensitivity)):
             return "not measured"
         return ""
 
@@ -227,14 +230,15 @@ def layer_evidence(study: Study) -> dict[str, list[Evidence]]:
             for layer, what, value in _last_of_layers(entry.run):
                 worst[layer][what].append(value)
         for layer, values in worst.items():
-            if "lost" not in values and "overflow" not in values and "sensitivity" not in values:
+            if "energy_lost" not in values and "overflow" not in values and "sensitivity" not in values:
                 continue  # the layer is not in a format
             found[layer].append(
                 Evidence(
                     group,
                     bits,
                     mantissa,
-                    max(values.get("lost", [math.nan])),
+                    max(values.get("energy_lost", [math.nan])),
+                    max(values.get("sum_lost", [math.nan])),
                     max(values.get("overflow", [math.nan])),
                     min(values.get("cosine", [math.nan])),
                     max(values.get("sensitivity", [math.nan])),
@@ -256,8 +260,8 @@ def _last_of_layers(run: Run) -> list[tuple[str, str, float]]:
         match key.split("/"):
             case ["quant", layer, _, "overflow"]:
                 found.append((layer, "overflow", value))
-            case ["quant", layer, _, "magnitude_lost"]:
-                found.append((layer, "lost", value))
+            case ["quant", layer, _, ("energy_lost" | "sum_lost") as what]:
+                found.append((layer, what, value))
             case ["grads", layer, "cosine"]:
                 found.append((layer, "cosine", value))
             case ["sensitivity", layer, _]:
@@ -271,14 +275,15 @@ def sweet_spots(study: Study) -> Table:
     for layer, evidence in layer_evidence(study).items():
         passing = [e for e in evidence if not e.objection]
         # Among formats as wide, the one whose gradients are nearest to float32's; then the one that loses less.
-        passing.sort(key=lambda e: (e.bits, -_or(e.cosine, -1.0), _or(e.lost, 1.0)))
+        passing.sort(key=lambda e: (e.bits, -_or(e.cosine, -1.0), _or(e.energy_lost, 1.0)))
         best = passing[0] if passing else None
         rejected = [f"{e.group.curve}: {e.objection}" for e in evidence if e.objection]
         cells = (
             text(best.group.curve if best else "none of those tried"),
             number(float(best.bits), ".0f") if best else Cell(MISSING),
             number(best.cosine) if best else Cell(MISSING),
-            share(best.lost) if best else Cell(MISSING),
+            share(best.energy_lost) if best else Cell(MISSING),
+            share(best.sum_lost) if best else Cell(MISSING),
             share(best.overflow) if best else Cell(MISSING),
             number(best.sensitivity, "+.4f") if best else Cell(MISSING),
             text(", ".join(e.group.curve for e in passing[1:])),
@@ -286,10 +291,14 @@ def sweet_spots(study: Study) -> Table:
         )
         entries = best.group.entries if best else tuple(entry for e in evidence for entry in e.group.entries)
         rows.append(Row(layer, cells, numbers(entries)))
-    limits = (
-        f"magnitude lost at most {THRESHOLDS['underflow']:g}, overflow at most {THRESHOLDS['overflow']:g}, cosine of"
-        f" the layer's gradient at least {THRESHOLDS['gradient']:g}, sensitivity at most {SENSITIVE:g} nats, no run"
-        " lost"
+    limits = ", ".join(
+        (
+            f"energy lost at most {THRESHOLDS['underflow']:g}",
+            f"sum lost at most {THRESHOLDS['one-sided underflow']:g}",
+            f"overflow at most {THRESHOLDS['overflow']:g}",
+            f"cosine of the layer's gradient at least {THRESHOLDS['gradient']:g}",
+            f"sensitivity at most {SENSITIVE:g} nats, no run lost",
+        )
     )
     note = (
         f"The format with the fewest bits whose evidence passes ({limits}); of several the one with the highest cosine."
@@ -297,7 +306,17 @@ def sweet_spots(study: Study) -> Table:
         " format. Where all layers were rounded together, a layer's cosine also carries what the others did to the"
         " gradient: it is evidence, no proof that the layer alone would do as well."
     )
-    columns = ("format", "bits", "cosine", "magnitude lost", "overflow", "sensitivity", "also pass", "do not pass")
+    columns = (
+        "format",
+        "bits",
+        "cosine",
+        "energy lost",
+        "sum lost",
+        "overflow",
+        "sensitivity",
+        "also pass",
+        "do not pass",
+    )
     return Table("sweet_spots", "A format for each layer", "layer", columns, tuple(rows), note)
 
 

@@ -24,7 +24,7 @@ from altgrad_jax.report.groups import shortened
 from altgrad_jax.report.results import other_windows, same_grids
 from altgrad_jax.report.study import Comparison, Study
 
-LOST_MAPS = {"magnitude lost", "underflow"}  # what a condition that rounds has, and one in 16 bits has not
+LOST_MAPS = {"energy lost", "underflow"}  # what a condition that rounds has, and one in 16 bits has not
 EXPORTS = "window.altgrad = {embed: vegaEmbed};"
 
 

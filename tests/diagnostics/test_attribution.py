@@ -32,12 +32,8 @@ def cases(records, training=ON_GRID, **thresholds) -> list[tuple]:
         ("quant/lm_head/gradient/nonfinite", 0.0, 1e-9, ("lm_head", "gradient", "spoilt")),
         ("quant/lm_head/weight/nan", 0.0, 1e-9, ("lm_head", "weight", "nan")),
         ("quant/blocks.0.mlp.up/activation/overflow", 0.01, 0.011, ("blocks.0.mlp.up", "activation", "overflow")),
-        (
-            "quant/blocks.11.attn.qkv/gradient/magnitude_lost",
-            0.1,
-            0.11,
-            ("blocks.11.attn.qkv", "gradient", "underflow"),
-        ),
+        ("quant/blocks.11.attn.qkv/gradient/energy_lost", 0.19, 0.2, ("blocks.11.attn.qkv", "gradient", "underflow")),
+        ("quant/lm_head/gradient/sum_lost", 0.1, 0.4, ("lm_head", "gradient", "underflow")),
         ("grads/blocks.0.norm_1.scale/cosine", 0.9, 0.89, ("blocks.0.norm_1.scale", "gradient", "gradient")),
         ("weights/wte/stall", 0.95, 0.96, ("wte", "update", "stall")),
         ("weights/wte/relative_update", 0.3, INF, ("wte", "update", "blow-up")),
@@ -54,7 +50,7 @@ def test_each_metric_alone(key, good, bad, expected):
     kind = expected[2]
     if not key.startswith("spectra/"):
         [failure] = first_failures([{"step": 2, key: bad}], ON_GRID)
-        assert failure.threshold == THRESHOLDS[kind]
+        assert failure.threshold == THRESHOLDS["one-sided underflow" if key.endswith("sum_lost") else kind]
         assert failure.value == bad or (math.isnan(failure.value) and math.isnan(bad))
 
 
@@ -66,9 +62,9 @@ def test_values_that_are_no_failures():
                 "quant/weight/nan": 1.0,  # of all layers together
                 "quant/lm_head/weight/amax": 1e9,
                 "quant/lm_head/weight/codes": "ff00",
-                "quant/lm_head/weight/magnitude_lost": NAN,
+                "quant/lm_head/weight/energy_lost": NAN,
                 "quant/lm_head/gradient/underflow": 0.997,  # most elements, and next to nothing of the tensor
-                "quant/lm_head/gradient/magnitude_lost": 0.001,
+                "quant/lm_head/gradient/energy_lost": 0.001,
                 "weights/lm_head/stall": NAN,  # nothing was updated
                 "weights/stall": 1.0,
                 "weights/blocks.0.attn.qkv.bias/relative_update": INF,  # the first step of a bias
@@ -163,14 +159,14 @@ def test_a_nan_that_came_in_is_told_from_one_that_was_made():
 
 
 def test_thresholds_can_be_set_one_by_one():
-    record = {"step": 1, "quant/lm_head/weight/overflow": 0.02, "quant/lm_head/weight/magnitude_lost": 0.3}
+    record = {"step": 1, "quant/lm_head/weight/overflow": 0.02, "quant/lm_head/weight/energy_lost": 0.3}
     assert cases([record], overflow=0.05) == [(1, "lm_head", "weight", "underflow")]
 
 
 def test_table_and_json():
     failures = first_failures(
         [
-            {"step": 5, "quant/blocks.0.mlp.down/gradient/magnitude_lost": 0.31},
+            {"step": 5, "quant/blocks.0.mlp.down/gradient/sum_lost": 0.31},
             {"step": 120, "grads/lm_head/cosine": 0.5, "spectra/wte/effective_rank": 4.0, "train/loss": NAN},
             {"step": 121, "spectra/wte/effective_rank": 3.0},
         ]
@@ -207,7 +203,7 @@ def test_a_stall_is_a_failure_where_an_update_is_lost():
 
 def test_record_by_record_is_all_at_once():
     """And a session that goes on from earlier ones says nothing twice."""
-    names = ("quant/lm_head/gradient/magnitude_lost", "spectra/wte/effective_rank", "grads/wte/cosine", "val/loss")
+    names = ("quant/lm_head/gradient/energy_lost", "spectra/wte/effective_rank", "grads/wte/cosine", "val/loss")
     records = [{"step": s, **{name: 5.0 / (s + 1) * (-1) ** s for name in names}} for s in range(20)]
     records += [{"step": 20, "val/loss": NAN}]
     watch = Watch(ON_GRID)

@@ -18,13 +18,26 @@ from altgrad_jax.tracking import Wandb, read_metrics
 from tests.runs import summary
 
 ROLES = ("activation", "weight", "gradient")
-WHATS = ("underflow", "overflow", "nan", "nonfinite", "amax", "amax_mean", "scale", "magnitude_lost", "codes_used")
+WHATS = (
+    "underflow",
+    "overflow",
+    "nan",
+    "nonfinite",
+    "amax",
+    "amax_mean",
+    "scale",
+    "energy_lost",
+    "sum_lost",
+    "codes_used",
+)
 SHAPES = {"a": (2, 3), "lm_head": (3, 5), "wte": (5, 3)}
 POLICY = resolve([("a", "e2m1fn"), ("lm_head", "bf16"), ("wte", "e5m10 scaling=none")], SHAPES)
 
 
-def stats(amax: float, scale: float, shares: list[float], codes: dict[int, float] | None, of_x=(1.0, 0.0)) -> RoleStats:
-    """`shares`: nonzero, underflow, overflow, nan, nonfinite; `of_x`: mean magnitude, and of what became zero."""
+def stats(
+    amax: float, scale: float, shares: list[float], codes: dict[int, float] | None, of_x=(1.0, 0.0, 1.0, 0.0)
+) -> RoleStats:
+    """`shares`: nonzero, underflow, overflow, nan, nonfinite; `of_x`: magnitude, sum lost, energy, that lost."""
     counted = None if codes is None else jnp.zeros(16).at[jnp.asarray(list(codes))].set(jnp.asarray([*codes.values()]))
     of_shares, magnitudes = jnp.asarray(shares, jnp.float32), jnp.asarray(of_x, jnp.float32)
     return RoleStats(jnp.float32(amax), jnp.float32(scale), of_shares, counted, magnitudes)
@@ -33,9 +46,11 @@ def stats(amax: float, scale: float, shares: list[float], codes: dict[int, float
 # e2m1's codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; with 8 added they are negative.
 SEEN = {
     "a": {
-        "activation": stats(12.0, 0.5, [0.75, 0.25, 0.0, 0.0, 0.0], {0: 0.5, 7: 0.25, 15: 0.25}, (8.0, 0.5)),
+        "activation": stats(
+            12.0, 0.5, [0.75, 0.25, 0.0, 0.0, 0.0], {0: 0.5, 7: 0.25, 15: 0.25}, (8.0, -0.5, 0.25, 0.125)
+        ),
         "weight": stats(3.0, 2.0, [1.0, 0.0, 0.125, 0.0, 0.0], {0: 0.25, 8: 0.25, 1: 0.5}),
-        "gradient": stats(0.0, 1.0, [0.0, 0.0, 0.0, 0.5, 0.25], {0: 1.0}, (0.0, 0.0)),
+        "gradient": stats(0.0, 1.0, [0.0, 0.0, 0.0, 0.5, 0.25], {0: 1.0}, (0.0,) * 4),
     },
     "wte": {"weight": stats(8.0, 1.0, [0.5, 0.1, 0.0, 0.0, 0.0], None)},
 }
@@ -53,7 +68,8 @@ def test_measures_of_layers_by_hand():
     # Of the elements that were not zero, a third became it; of no such elements, none.
     rates = [layer[f"{role}/underflow"] for role in ROLES]
     assert rates == pytest.approx([1 / 3, 0.0, 0.0])
-    assert [layer[f"{role}/magnitude_lost"] for role in ROLES] == [0.0625, 0.0, 0.0]
+    assert [layer[f"{role}/sum_lost"] for role in ROLES] == [0.0625, 0.0, 0.0]
+    assert [layer[f"{role}/energy_lost"] for role in ROLES] == [0.5, 0.0, 0.0]
     assert [layer[f"{role}/overflow"] for role in ROLES] == [0.0, 0.125, 0.0]
     assert [layer[f"{role}/nan"] for role in ROLES] == [0.0, 0.0, 0.5]
     assert [layer[f"{role}/nonfinite"] for role in ROLES] == [0.0, 0.0, 0.25]
@@ -69,15 +85,19 @@ def test_tables_have_a_weight_and_wide_formats_no_codes():
     assert table == pytest.approx(
         {
             **{"weight/underflow": 0.2, "weight/overflow": 0.0, "weight/nan": 0.0, "weight/nonfinite": 0.0},
-            **{"weight/amax": 8.0, "weight/amax_mean": 8.0, "weight/scale": 1.0, "weight/magnitude_lost": 0.0},
+            **{"weight/amax": 8.0, "weight/amax_mean": 8.0, "weight/scale": 1.0},
+            **{"weight/energy_lost": 0.0, "weight/sum_lost": 0.0},
         }
     )
 
 
 def test_totals_over_layers():
     totals = {key: value for key, value in named().items() if not is_of_one_layer(key)}
-    totalled = ("underflow", "overflow", "nan", "nonfinite", "amax", "codes_used", "magnitude_lost")
-    assert set(totals) == {f"quant/{role}/{what}" for role in ROLES for what in totalled}
+    expected = {
+        f"quant/{role}/{what}" for role in ROLES for what in ("underflow", "overflow", "nan", "nonfinite", "amax")
+    }
+    expected |= {f"quant/{role}/{what}" for role in ROLES for what in ("codes_used", "energy_lost", "sum_lost")}
+    assert set(totals) == expected
     assert totals["quant/weight/amax"] == 8.0 and totals["quant/activation/amax"] == 12.0  # the largest
     assert totals["quant/weight/underflow"] == pytest.approx(0.1)  # the mean
     assert totals["quant/weight/codes_used"] == pytest.approx(2 / 15)  # of those that have it

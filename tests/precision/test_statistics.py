@@ -166,15 +166,21 @@ def test_underflow_is_seen_even_where_the_product_with_the_scale_is_no_normal_nu
 
 
 def test_what_underflow_takes_away():
-    """Three quarters of a tensor may be nothing of it, or half: the gradient of a softmax, one -1 and many 1/V."""
-    x = np.array([[4.0, 1e-4, 1e-4, -1e-4]], np.float32)
+    """Nearly all elements may be nothing of a tensor; or half of its sum, as in a softmax: one -1 and many 1/V."""
+    mixed = np.full((1, 512), 1e-3, np.float32)
+    mixed[0, ::2], mixed[0, 7] = -1e-3, 1.0
     tail = np.full((1, 512), 1 / 511, np.float32)
     tail[0, 7] = -1
-    for tensor, lost in ((x, 3e-4 / 4.0003), (tail, 0.5)):
-        found = seen(tensor, "e0m7 scaling=current")
-        of_x, gone = np.asarray(found.magnitudes)
-        assert shares(found)["underflow"] > 0.7 and gone / of_x == pytest.approx(lost, rel=1e-5)
-    assert np.asarray(seen(tail, "e5m2 scaling=current").magnitudes)[1] == 0
+    even = np.array([[1.0, 0.5, 1e-3, -1e-3]], np.float32)
+    for x, sum_lost, energy_lost in ((mixed, 1e-3 / 1.511, 5.1e-4), (tail, 0.5, 1 / 512), (even, 0.0, 1.6e-6)):
+        found = seen(x, "e0m7 scaling=current")
+        of_x, gone, energy, energy_gone = map(float, np.asarray(found.sums))
+        assert shares(found)["underflow"] >= 0.5
+        assert abs(gone) / of_x == pytest.approx(sum_lost, rel=1e-2, abs=1e-9)
+        assert energy_gone / energy == pytest.approx(energy_lost, rel=1e-2)
+    assert not np.asarray(seen(tail, "e5m2 scaling=current").sums)[[1, 3]].any()
+    tiny = np.asarray(seen(1e-30 * tail, "e0m7 scaling=current").sums)
+    assert tiny[3] / tiny[2] == pytest.approx(1 / 512, rel=1e-2), "squares of small numbers are no float32 numbers"
 
 
 def test_nothing_is_counted_unless_asked_for():

@@ -146,7 +146,7 @@ def _records(
                     for role in ("activation", "weight", "gradient"):
                         of_role = lost if role == "gradient" else 0.0
                         record |= {f"quant/{layer}/{role}/underflow": of_role, f"quant/{layer}/{role}/overflow": 0.0}
-                        record[f"quant/{layer}/{role}/magnitude_lost"] = of_role / 2
+                        record |= {f"quant/{layer}/{role}/{what}": of_role / 2 for what in ("energy_lost", "sum_lost")}
             if quantised:
                 record |= {"quant/gradient/underflow": underflow * step / steps, "quant/gradient/overflow": 0.0}
         records.append(record)

@@ -306,7 +306,7 @@ def test_heat_maps_and_a_format_for_each_layer(tmp_path):
         "blocks.1.mlp.up": "e0m7",
         "lm_head": "e5m2",
     }
-    assert "e0m7: magnitude lost 0.27" in spots["lm_head"][7].text and "e7m0: cosine 0.800" in spots["lm_head"][7].text
+    assert "e0m7: energy lost 0.27" in spots["lm_head"][8].text and "e7m0: cosine 0.800" in spots["lm_head"][8].text
 
 
 def test_damaged_lines_are_left_out_and_named(tmp_path):
