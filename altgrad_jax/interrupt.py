@@ -31,20 +31,31 @@ class Interrupted(SystemExit):
 class _Policy:
     """What to do with a signal."""
 
-    raises = False  # whether the main thread is to leave what it does
-
     def hear(self, number: int) -> None:
         """Runs in the listening thread."""
         raise NotImplementedError
 
+    def meet(self, number: int) -> None:
+        """Runs in the main thread, as soon as that comes to it."""
 
-def watch() -> None:
-    """From now on a signal ends this process at once, and no import can swallow it; call first of all."""
+    def ask(self, number: int) -> None:
+        """As `hear`, of a signal that another process was sent and passes on."""
+        self.hear(number)
+
+
+def watch(words: str = "interrupted") -> None:
+    """From now on a signal ends this process at once, with these words; no import can swallow it. Call first of all."""
     global _watcher
     if _watcher is None:
-        _policies.append(_AtOnce("interrupted", lambda: None, sys.stderr))
+        _policies.append(_AtOnce(words, lambda: None, sys.stderr))
         _watcher = _Listener()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `hold_back`
+
+
+def pass_on(number: int) -> None:
+    """Does what the process has to at a signal that another process was sent, and tells it of."""
+    if _policies:
+        _policies[-1].ask(number)
 
 
 def hold_back() -> None:
@@ -104,9 +115,11 @@ class GracefulStop(_Policy):
         """128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
-    def request(self, number: int) -> None:
-        """Notes a signal that another process was sent."""
+    def ask(self, number: int) -> None:
+        """Notes a signal that another process was sent; it does not count as a second."""
         self.number = self.number or number
+
+    meet = ask
 
     def hear(self, number: int) -> None:
         """Notes the first; ends the process at a second."""
@@ -116,7 +129,7 @@ class GracefulStop(_Policy):
             end_process(128 + number)
         first = not self._heard
         self._heard.add(number)
-        self.request(number)
+        self.ask(number)
         if first:
             _say(self.first_words, sys.stdout)
 
@@ -146,7 +159,10 @@ class _AtOnce(_Policy):
 
 
 class _Unwinding(_Policy):
-    raises, _heard = True, False
+    _heard = False
+
+    def meet(self, number: int) -> None:
+        raise Interrupted(128 + number)
 
     def hear(self, number: int) -> None:
         _say("interrupted", sys.stderr)
@@ -174,6 +190,9 @@ def end_process(code: int) -> NoReturn:
 
 
 def _say(text: str, stream: TextIO) -> None:
+    if not text:
+        return
+
     def say() -> None:
         with suppress(OSError, ValueError):
             print(text, file=stream, flush=True)
@@ -190,8 +209,8 @@ def _briefly(function: Callable[[], None]) -> None:
 
 def _in_main_thread(number: int, frame: FrameType | None) -> None:
     del frame
-    if _policies and _policies[-1].raises:
-        raise Interrupted(128 + number)
+    if _policies:
+        _policies[-1].meet(number)
 
 
 class _Listener:

@@ -44,7 +44,7 @@ def any_host_stops(step: int, stop: GracefulStop) -> bool:
         return False
     found = int(multihost_utils.process_allgather(np.array(stop.number)).max())
     if found:
-        stop.request(found)
+        stop.ask(found)
     return bool(found)
 
 

@@ -23,7 +23,7 @@ from altgrad_jax.parallel import is_primary
 from altgrad_jax.precision.audit import Audit
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.stability import no_step
-from altgrad_jax.tracking import Record, json_value, read_metrics
+from altgrad_jax.tracking import Record, json_value, read_metrics, wandb_mode
 from altgrad_jax.weights import tree_bytes
 from altgrad_jax.workdir import MANIFEST, Workdir
 
@@ -114,6 +114,7 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
     validation = exp.cache.split_header(exp.eval_split)
     floor = exp.cache.entropy_floor(exp.eval_split)
     resolved, shape = exp.resolved(), config.model
+    mode, why = wandb_mode(config.tracking)
     overlap = open_overlap(exp.cache)
     shared = overlap.line() if overlap else ""
     gelu = ", exact GELU" if shape.gelu == "exact" else ""
@@ -139,7 +140,7 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         "peak": "not known (config.runtime.peak_tflops): train/mfu is not logged"
         if exp.peak_flops is None
         else f"{exp.peak_flops / 1e12:g} TFLOP/s a device in 16 bits, assumed for train/mfu",
-        "tracking": f"metrics.jsonl, W&B {config.tracking.wandb}",
+        "tracking": f"metrics.jsonl, W&B {mode}{f' ({why})' if why else ''}",
     }
 
 

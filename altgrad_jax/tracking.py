@@ -8,16 +8,19 @@ never killed. Non-finite values are written as the strings "NaN", "Infinity" and
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 from altgrad_jax import files
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import UsageError, UserError
 
 Record = dict[str, Any]
+WANDB_MODES = ("disabled", "offline", "online")  # from the quietest
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 CODES = "/codes"  # what quantised layers' bitmaps of codes end with, the one text among measurements
 
@@ -149,23 +152,57 @@ class MetricsFile:
         self._file.close()
 
 
-def require_login(settings: Any) -> None:
-    """Checks that W&B can start as `config.tracking` asks, before a run changes anything. Asks no server.
+def wandb_mode(settings: Any) -> tuple[str, str]:
+    """How W&B runs: the quieter of `config.tracking.wandb` and the variable WANDB_MODE; and why, where they differ.
 
     Raises:
-      UserError: W&B is not installed, or online without a login.
+      UsageError: WANDB_MODE is none of the three.
     """
-    if settings.wandb == "disabled":
+    given = os.environ.get("WANDB_MODE") or settings.wandb
+    asked = {"dryrun": "offline", "run": "online"}.get(given, given)
+    if asked not in WANDB_MODES:
+        raise UsageError(f"WANDB_MODE={given} is not one of {', '.join(WANDB_MODES)}; correct or unset it")
+    if asked == settings.wandb:
+        return asked, ""
+    if WANDB_MODES.index(asked) < WANDB_MODES.index(settings.wandb):
+        return asked, f"WANDB_MODE={given}, in place of config.tracking.wandb={settings.wandb}"
+    return settings.wandb, f"config.tracking.wandb; WANDB_MODE={given} asks for more and is not followed"
+
+
+def require_login(settings: Any) -> None:
+    """Checks that W&B can start as it is asked to, before a run changes anything. Asks no server.
+
+    Raises:
+      UserError: W&B is not installed, refuses a variable of the environment, or is to be online without a login.
+    """
+    mode, _ = wandb_mode(settings)
+    if mode == "disabled":
         return
     try:
         import wandb
     except ImportError as e:
         raise UserError("W&B is not installed; pip install wandb or --config.tracking.wandb=disabled") from e
-    if settings.wandb == "online" and not wandb.login(prompt=False, verify=False):
+    for name in sorted(name for name in os.environ if name.startswith("WANDB_")):
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except Exception as e:  # pydantic's, ValueError, W&B's own
+            raise UsageError(f"W&B refuses the environment variable {name}: {_reason(e)}; correct or unset it") from e
+    try:
+        wandb.setup()
+    except Exception as e:  # as above; its message names the variable
+        raise UsageError(f"W&B cannot start with this environment: {_reason(e)}") from e
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise UserError(
             "config.tracking.wandb=online, but there is no W&B login; run `wandb login`, or use"
             " --config.tracking.wandb=offline and `wandb sync` the folder later"
         )
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, in one line, without the value where pydantic tells it apart: it may be secret."""
+    found = getattr(error, "errors", None)
+    text = found()[0]["msg"] if callable(found) else str(error)
+    return " ".join(text.split())[:200]
 
 
 class Wandb:
@@ -177,6 +214,8 @@ class Wandb:
 
     _counter = 0
     _lost = False
+    # For a call and for the end, after which W&B's process is taken to stand still; online the end sends what is left.
+    _answer_seconds, _finish_seconds, _finish_online_seconds = 60.0, 60.0, 600.0
 
     def __init__(
         self,
@@ -202,12 +241,15 @@ class Wandb:
         """
         import wandb
 
+        mode, _ = wandb_mode(settings)
+        # Calls wait for W&B's process, which may stand still: so another thread makes them.
+        self._caller = ThreadPoolExecutor(max_workers=1)
         try:
             self._run = wandb.init(
                 dir=str(workdir),
                 id=run_id,
                 resume="allow",
-                mode=settings.wandb,
+                mode=mode,  # type: ignore[arg-type]  # one of WANDB_MODES
                 project=settings.project,
                 entity=settings.entity,
                 name=settings.name,
@@ -223,16 +265,16 @@ class Wandb:
                     x_disable_meta=True,
                 ),
             )
-        except wandb.errors.Error as e:
+        except Exception as e:  # W&B's own, pydantic's, of its network and its files
             raise UserError(
-                f"W&B could not start ({str(e).strip().splitlines()[0]});"
+                f"W&B could not start ({_reason(e) or type(e).__name__});"
                 " --config.tracking.wandb=offline needs no network"
             ) from e
         # Its own step must never go back, but online a resumed run repeats steps: so the step is a metric like others.
         self._run.define_metric("*", step_metric="step")
         # Offline, W&B knows nothing of earlier sessions: each would begin at its step 0, and when they are synced the
         # last would replace the others (wandb/wandb#5865, #11144). So each session holds the whole run.
-        self._offline = settings.wandb == "offline"
+        self._offline = mode == "offline"
         if self._offline:
             for record in earlier:
                 self.log(record)
@@ -252,25 +294,38 @@ class Wandb:
 
     def close(self, status: str) -> None:
         """Finishes the run and waits for what is queued."""
-        self._unless_lost(lambda: self._finish(status))
+        seconds = self._finish_seconds if self._offline else self._finish_online_seconds
+        self._unless_lost(lambda: self._finish(status), seconds)
 
     def _finish(self, status: str) -> None:
         self._run.summary["status"] = status
         self._run.finish(exit_code=0 if status in ("finished", "interrupted") else 1)
 
-    def _unless_lost(self, call: Callable[[], None]) -> None:
+    def _unless_lost(self, call: Callable[[], None], seconds: float | None = None) -> None:
         if self._lost:
             return
+        seconds = seconds or self._answer_seconds
         try:
-            call()
+            self._caller.submit(call).result(seconds)
+        except TimeoutError:
+            self._lose(f"W&B's process has not answered for {seconds:g} s and was ended")
         except Exception as e:  # a broken socket has many names
-            import wandb
+            self._lose(f"W&B's process is gone ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
 
-            self._lost = True
-            print(
-                f"warning: W&B's process is gone ({type(e).__name__}: {' '.join(str(e).split())[:200]});"
-                " metrics.jsonl has what it lacks",
-                file=sys.stderr,
-            )
-            with suppress(Exception):
-                wandb.teardown()  # else it tries once more at exit, and prints a traceback
+    def _lose(self, what: str) -> None:
+        import wandb
+
+        self._lost = True
+        print(f"warning: {what}; metrics.jsonl has what it lacks", file=sys.stderr)
+        _end_children("wandb-core")  # else the call that waits for it would keep this process from ending
+        with suppress(Exception):
+            wandb.teardown()  # else it tries once more at exit, and prints a traceback
+
+
+def _end_children(name: str) -> None:
+    """Kills the children of this process that run a program; on Linux, where the kernel tells of them."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            program, _, rest = path.read_text().partition("(")[2].rpartition(")")
+            if program == name and rest.split()[1] == str(os.getpid()):
+                os.kill(int(path.parent.name), signal.SIGKILL)

@@ -38,7 +38,7 @@ from altgrad_jax.run_record import Progress, header, write_manifest, write_summa
 from altgrad_jax.stability import DivergenceWatch, event, make_fallback, no_step, rewinds, unhealthy
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.task import HEAD
-from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login
+from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login, wandb_mode
 from altgrad_jax.workdir import SUMMARY, Workdir
 
 log = logging.getLogger(__name__)
@@ -375,7 +375,7 @@ def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start,
     """Where this run's records go."""
     sinks: list[Sink] = [MetricsFile(workdir.metrics, start.step)]
     earlier = read_metrics(workdir.metrics)
-    if config.tracking.wandb != "disabled":
+    if wandb_mode(config.tracking)[0] != "disabled":
         tags = (manifest["resolved"]["data.name"],)
         sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"], earlier, tags))
     return [*sinks, ConsoleSink(console, start.step, config.train.steps, earlier)]

@@ -7,16 +7,20 @@ import os
 import shutil
 import signal
 import struct
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from altgrad_jax.console import ConsoleSink
 from altgrad_jax.errors import UserError
-from altgrad_jax.tracking import MetricsFile, read_metrics
+from altgrad_jax.tracking import MetricsFile, Wandb, read_metrics, require_login, wandb_mode
 from tests.runs import SECRET, SECRETS, checkpoint_steps, ended, summary, train_losses, wait_for_step
 
 RECORDS = [
@@ -181,6 +185,60 @@ def test_a_sigterm_that_ends_wandb_too_still_leaves_a_checkpoint(lab, tmp_path):
     # Nothing, where the run has ended before it needed W&B again.
     assert done.err == "" or done.err.startswith("warning: W&B's process is gone"), done.err
     assert done.err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "config", "mode", "why"),
+    [
+        ("disabled", "online", "disabled", "WANDB_MODE=disabled, in place of config.tracking.wandb=online"),
+        ("dryrun", "online", "offline", "WANDB_MODE=dryrun, in place of config.tracking.wandb=online"),
+        ("online", "offline", "offline", "config.tracking.wandb; WANDB_MODE=online asks for more and is not followed"),
+        ("offline", "offline", "offline", ""),
+        ("", "online", "online", ""),
+    ],
+)
+def test_wandb_is_as_quiet_as_the_quieter_of_two_wishes(monkeypatch, variable, config, mode, why):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert wandb_mode(ConfigDict({"wandb": config})) == (mode, why)
+    monkeypatch.setenv("WANDB_MODE", "quiet")
+    with pytest.raises(UserError, match="WANDB_MODE=quiet is not one of disabled, offline, online"):
+        wandb_mode(ConfigDict({"wandb": config}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WANDB_BASE_URL", "no url"), ("WANDB_DISABLE_GIT", "perhaps"), ("WANDB_SERVICE", "1")]
+)
+def test_a_variable_that_wandb_refuses_is_named_before_the_start(monkeypatch, name, value):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.setup", lambda: (_ for _ in ()).throw(ValueError("Failed to parse WANDB_SERVICE='1'")))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name) as caught:
+        require_login(ConfigDict({"wandb": "offline"}))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_wandb_that_stands_still_is_given_up(tmp_path, capsys, monkeypatch):
+    """Once, after its time; the records that follow cost nothing."""
+    never, ended_programs = threading.Event(), []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(
+        "wandb.init",
+        lambda **_: SimpleNamespace(define_metric=lambda *_, **__: None, log=lambda *_, **__: never.wait()),
+    )
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    monkeypatch.setattr("altgrad_jax.tracking._end_children", ended_programs.append)
+    settings = {"wandb": "offline", "project": "p", "entity": None, "name": "n", "tags": ()}
+    run = Wandb(ConfigDict(settings), tmp_path, "id", {})
+    run._answer_seconds = 0.2
+    began = time.monotonic()
+    for step in range(5):
+        run.log({"step": step, "train/loss": 1.0})
+    run.close("finished")
+    never.set()
+    assert time.monotonic() - began < 2 and ended_programs == ["wandb-core"]
+    assert capsys.readouterr().err == (
+        "warning: W&B's process has not answered for 0.2 s and was ended; metrics.jsonl has what it lacks\n"
+    )
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(lab, tmp_path):

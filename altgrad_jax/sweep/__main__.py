@@ -9,6 +9,7 @@ results.
 """
 
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,20 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from altgrad_jax.allocator import restart_with_large_pages
+from altgrad_jax.interrupt import GracefulStop, watch
+from altgrad_jax.streams import occupy_closed_streams, protect_streams
 
 if __name__ == "__main__":
     restart_with_large_pages()
+    occupy_closed_streams()
+    watch()
 
 from absl import flags
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from altgrad_jax import cli
 from altgrad_jax.config import check_is_matrix, load_config
 from altgrad_jax.console import make_console, print_header
 from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meaning
-from altgrad_jax.errors import UsageError
+from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.files import read_json, write_json
-from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.machine import check_xla_flags
 from altgrad_jax.sweep.groups import program_keys
 from altgrad_jax.sweep.matrix import PLAIN_CONFIG, Condition, conditions
@@ -101,7 +106,8 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
         factors = {}
         if trial:
             if not run_all(trial, workdir / "search", shard=(0, 1), stop=stop, **given):
-                return stop.exit_code
+                return _interrupted(console, stop)
+            _refuse_gaps(progress)
             found = choose(trial, workdir / "search", matrix.optimizers)
             write_json(workdir / "search" / "rates.json", found)
             factors = found["factors"]
@@ -110,11 +116,33 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
         chosen = conditions(matrix, plain, factors)
         _describe(workdir, matrix, chosen)
         if not run_all(chosen, workdir, shard=shard, stop=stop, **given):
-            return stop.exit_code
+            return _interrupted(console, stop)
     shutil.rmtree(compiled, ignore_errors=True)
     counts = progress.statuses()
     console.print(f"ended: {', '.join(f'{n} {status}' for status, n in counts.items())}; in {workdir}", soft_wrap=True)
+    _refuse_gaps(progress)
     return 1 if counts.get("failed") else 0
+
+
+def _interrupted(console: Console, stop: GracefulStop) -> int:
+    """Says how to go on; returns the exit status."""
+    console.print(f"interrupted; to go on: {shlex.join(_command())}", soft_wrap=True)
+    return stop.exit_code
+
+
+def _refuse_gaps(progress: Progress) -> None:
+    """Raises UserError where conditions have no result: whoever ended their processes, it was not the conditions."""
+    if found := progress.given_up:
+        name, reason = next(iter(found.items()))
+        more = f" (and {len(found) - 1} more conditions)" if len(found) > 1 else ""
+        raise UserError(
+            f"{name}{more} has no result: {reason}. The same command tries again; if the kernel ended it for want of"
+            " memory (dmesg says so), lower config.base.train.batch_size"
+        )
+
+
+def _command() -> list[str]:
+    return ["python", "-m", "altgrad_jax.sweep", *sys.argv[1:]]
 
 
 def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condition]) -> None:
@@ -126,7 +154,7 @@ def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condit
         {
             "name": matrix.name,
             "question": matrix.question,
-            "command": ["python", "-m", "altgrad_jax.sweep", *sys.argv[1:]],
+            "command": _command(),
             "created": (read_json(workdir / "matrix.json", {"created?": str}) or {}).get("created", now),
             "conditions": [{"name": c.name, **c.facts} for c in all_conditions],
         },
@@ -135,6 +163,7 @@ def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condit
 
 def main() -> int:
     """Checks the matrix, then runs it."""
+    protect_streams()
     matrix = cli.read_config(CONFIG, check_is_matrix)
     shard = parse_shard(SHARD.value)
     cli.quiet_libraries()

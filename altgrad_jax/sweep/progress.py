@@ -19,6 +19,7 @@ class Progress:
         self._steps: dict[str, int] = {}  # of each condition
         self._done: dict[str, int] = {}
         self._ended: dict[str, str] = {}
+        self.given_up: dict[str, str] = {}  # conditions without a result, and why
         self._running: Sequence[str] = ()
         self._resumed = True
         self._before = 0  # steps that cost this session nothing
@@ -64,6 +65,11 @@ class Progress:
         loss = summary.get("final", {}).get("val/loss")
         result = summary.get("reason") or (f"val loss {loss:.4f}" if isinstance(loss, float) else "")
         self.note(f"{name} {status}{': ' if result else ''}{result}")
+
+    def give_up(self, name: str, reason: str) -> None:
+        """A condition is left without a result, for a later sweep."""
+        self.given_up[name] = reason
+        self.note(f"{name} has no result: {reason}")
 
     def note(self, text: str) -> None:
         """A line, after how far all is."""

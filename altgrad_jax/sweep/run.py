@@ -11,13 +11,13 @@ written by whoever holds its group's lock.
 
 import hashlib
 import multiprocessing
-import os
 import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from altgrad_jax.sweep.worker import answer, work
 from altgrad_jax.workdir import BusyError, Workdir
 
 PARTS = "parts.json"  # in a group's folder: the size it has been cut to
+TRIES = 3  # of a condition whose process ends without a word
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)  # of what a process does itself
 WAIT_SECONDS = 2.0  # between looks at a group that another process holds
 
 
@@ -43,6 +45,7 @@ class _Unit:
 
     conditions: tuple[Condition, ...]
     alone: bool
+    lost: int = 0  # how often its process has ended without a word
 
     @property
     def name(self) -> str:
@@ -200,7 +203,7 @@ def in_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> Any:
         found = ours.recv()
     except EOFError:
         process.join()
-        raise UserError(f"JAX could not be started: {_death(process, 1).reason}") from None
+        raise UserError(f"JAX could not be started: {_death(process).reason}") from None
     process.join()
     if isinstance(found, UserError):
         raise found
@@ -218,9 +221,8 @@ def _in_process(unit: _Unit, folder: Path, home: Path, matrix: str, progress: Pr
     while outcome is None:
         if stop.requested and not told:
             told = True
-            # A signal may have come to all processes, and a second one of its kind would end this one at once.
-            other = signal.SIGINT if stop.exit_code == 128 + signal.SIGTERM else signal.SIGTERM
-            os.kill(process.pid or 0, other)
+            with suppress(OSError):  # it has ended
+                ours.send(stop.number)  # no signal: the process may have been sent it too, and a second would end it
         try:
             message = ours.recv() if ours.poll(0.2) else None
         except EOFError:
@@ -234,15 +236,14 @@ def _in_process(unit: _Unit, folder: Path, home: Path, matrix: str, progress: Pr
         return outcome
     if stop.requested:
         return Outcome("interrupted")
-    return _death(process, len(members))
+    return _death(process)
 
 
-def _death(process: Any, conditions: int) -> Outcome:
-    """What to make of a process that ended without a word: killed, as a rule, for want of memory; else it crashed."""
+def _death(process: Any) -> Outcome:
+    """What to make of a process that ended without a word. Who killed it is not known: the kernel, or somebody."""
     code = process.exitcode or 0
-    if code == -signal.SIGKILL:
-        return Outcome("too_large", "its process was killed, as when memory runs out", conditions // 2)
-    return Outcome("failed", f"its process ended by {signal.Signals(-code).name if code < 0 else f'status {code}'}")
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+    return Outcome("crashed" if -code in CRASHES else "lost", f"its process ended {how}")
 
 
 def _after(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progress: Progress) -> list[_Unit]:
@@ -253,20 +254,46 @@ def _after(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progress: Pr
     """
     if outcome.status == "stopped":
         raise UserError(outcome.reason)
+    if outcome.status in ("lost", "crashed"):
+        return _after_loss(unit, outcome, folder, home, progress)
     count, failed = len(unit.conditions), outcome.status in ("failed", "too_large")
     if failed and count > 1:
         # Of those that fail together one may be to blame: each has its own chance.
         size = min(max(1, outcome.fitting), count - 1) if outcome.status == "too_large" else 1
-        parts = _parts(unit, size)
-        write_json(home / PARTS, {"size": size, "reason": outcome.reason})
         why = "do not fit into memory together" if outcome.status == "too_large" else f"failed ({outcome.reason})"
-        progress.note(f"{count} conditions {why}; {len(parts[0].conditions)} at a time")
-        return parts
+        return _cut_to(unit, size, why, outcome.reason, home, progress)
     if failed:
         _write_failed(folder / unit.conditions[0].name, unit.conditions[0], outcome.reason)
     done = _all_ended(unit, folder, progress)
     # Saved, though nobody stopped the sweep: somebody has told the process alone.
     return [unit] if outcome.status == "interrupted" and not done else []
+
+
+def _after_loss(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progress: Progress) -> list[_Unit]:
+    """Tries a unit again, from its checkpoint; what is lost every time is no result, unless it crashes by itself."""
+    count, tries = len(unit.conditions), unit.lost + 1
+    if tries < (TRIES if count == 1 else TRIES - 1):
+        progress.note(
+            f"{unit.conditions[0].name}{f' and {count - 1} more' if count > 1 else ''}: {outcome.reason}; again"
+        )
+        return [replace(unit, lost=tries)]
+    reason = f"{outcome.reason}, {tries} times"
+    if count > 1:
+        return _cut_to(unit, count // 2, f"did not end: {reason}", reason, home, progress)
+    if outcome.status == "crashed":
+        _write_failed(folder / unit.conditions[0].name, unit.conditions[0], reason)
+        _all_ended(unit, folder, progress)
+    else:
+        progress.give_up(unit.conditions[0].name, reason)
+    return []
+
+
+def _cut_to(unit: _Unit, size: int, why: str, reason: str, home: Path, progress: Progress) -> list[_Unit]:
+    """The parts of a unit, and a note of it for sweeps to come."""
+    parts = _parts(unit, size)
+    write_json(home / PARTS, {"size": size, "reason": reason})
+    progress.note(f"{len(unit.conditions)} conditions {why}; {len(parts[0].conditions)} at a time")
+    return parts
 
 
 def _write_failed(folder: Path, condition: Condition, reason: str) -> None:

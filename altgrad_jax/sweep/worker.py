@@ -19,7 +19,9 @@ import jax
 from altgrad_jax.cli import quiet_libraries
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import write_json
+from altgrad_jax.interrupt import pass_on, watch
 from altgrad_jax.machine import OutOfMemoryError, is_out_of_memory
+from altgrad_jax.streams import Unbreakable, protect_streams
 from altgrad_jax.sweep.group import Tell, TooLargeError, train_together
 from altgrad_jax.sweep.requests import Outcome, Request, ended, read_summary
 from altgrad_jax.train import train
@@ -28,15 +30,16 @@ from altgrad_jax.workdir import BusyError
 
 def work(request: Request, connection: Connection) -> None:
     """Does what is asked, telling of progress as ("step", n) and at last an `Outcome`."""
+    watch(words="")  # the sweep has the word
+    protect_streams()
     _end_with_parent()
+    threading.Thread(target=_obey, args=(connection,), daemon=True).start()
     quiet_libraries()
     tell: Tell = lambda what, value: connection.send((what, value))  # noqa: E731
     try:
         outcome = _train(request, tell)
     except TooLargeError as e:
         outcome = Outcome("too_large", fitting=e.fitting)
-    except KeyboardInterrupt:  # before the first step, where there is nothing to save
-        outcome = Outcome("interrupted")
     except BusyError:
         outcome = Outcome("busy")
     except OutOfMemoryError as e:
@@ -58,6 +61,7 @@ def work(request: Request, connection: Connection) -> None:
 
 def answer(function: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
     """Sends what a function returns, or the user's mistake that it finds."""
+    watch(words="")
     try:
         connection.send(function(*arguments))
     except UserError as e:
@@ -83,7 +87,7 @@ def _train(request: Request, tell: Tell) -> Outcome:
             _take_back(member.folder)
             raise
         if ended(member.folder) is None:
-            return Outcome("interrupted" if status in (130, 143) else "failed", f"exit status {status}")
+            return Outcome("interrupted" if status > 128 else "failed", f"exit status {status}")
         shutil.rmtree(member.folder / "checkpoints", ignore_errors=True)
         return Outcome("finished")
 
@@ -99,8 +103,16 @@ def _take_back(folder: Path) -> None:
 @contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file, redirect_stdout(file):
+    # What is printed there, on a full disk, is no reason to end.
+    with open(log, "a") as file, redirect_stdout(Unbreakable(file, str(log))):
         yield
+
+
+def _obey(connection: Connection) -> None:
+    """Stops at the signals that the sweep was sent, and tells of by number."""
+    with suppress(EOFError, OSError):
+        while True:
+            pass_on(connection.recv())
 
 
 def _end_with_parent() -> None:

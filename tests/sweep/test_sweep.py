@@ -18,7 +18,7 @@ import pytest
 from altgrad_jax.console import make_console
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.report.runs import read_runs
-from altgrad_jax.sweep.__main__ import parse_shard, sweep
+from altgrad_jax.sweep.__main__ import _refuse_gaps, parse_shard, sweep
 from altgrad_jax.sweep.group import TooLargeError, train_together
 from altgrad_jax.sweep.matrix import conditions
 from altgrad_jax.sweep.memory import free_bytes, needed_bytes
@@ -165,11 +165,10 @@ def test_what_does_not_fit_into_memory_is_cut_up_and_at_last_a_result(lab, tmp_p
     assert [len(part.conditions) for part in _cut(unit, home)] == [2, 2]
     one = _Unit(unit.conditions[:1], alone=False)
     assert _cut(one, home.with_name(one.name)) == []
-    killed = _death(SimpleNamespace(exitcode=-9), 1)
-    assert _after(one, killed, tmp_path, home, progress) == []
+    assert _after(one, Outcome("too_large", "out of memory"), tmp_path, home, progress) == []
     kept = summary(tmp_path / "e5m2-adamw-seed0")
-    assert (kept["status"], kept["reason"]) == ("failed", "its process was killed, as when memory runs out")
-    assert "e5m2-adamw-seed0 failed: its process was killed" in capsys.readouterr().out
+    assert (kept["status"], kept["reason"]) == ("failed", "out of memory")
+    assert "e5m2-adamw-seed0 failed: out of memory" in capsys.readouterr().out
     assert read_runs([str(tmp_path)])[0].status == "failed"
 
 
@@ -228,11 +227,29 @@ def test_what_needs_a_run_of_its_own_has_one(lab, tmp_path):
     assert "--config.stability.rewinds=1" in manifest["sessions"][0]["command"]
 
 
-def test_a_process_that_ends_without_a_word():
-    """Killed by the kernel, as a rule, for memory; a crash is no want of memory."""
-    killed, crashed = (_death(SimpleNamespace(exitcode=code), 4) for code in (-9, -11))
-    assert (killed.status, killed.fitting) == ("too_large", 2)
-    assert (crashed.status, crashed.reason) == ("failed", "its process ended by SIGSEGV")
+@pytest.mark.parametrize(("code", "how"), [(-15, "by SIGTERM"), (1, "with status 1"), (-11, "by SIGSEGV")])
+def test_what_is_lost_without_a_word_is_tried_again(lab, tmp_path, code, how):
+    """A group twice, then in halves; a condition three times. It is a result only of what crashes by itself."""
+    unit, progress = a_unit(lab, tmp_path)
+    home = tmp_path / "groups" / unit.name
+    home.mkdir(parents=True)
+    death = _death(SimpleNamespace(exitcode=code))
+    assert death.reason == f"its process ended {how}", "and nothing of a cause that is not known"
+    [again] = _after(unit, death, tmp_path, home, progress)
+    assert again.conditions == unit.conditions and again.name == unit.name, "so that it finds its checkpoints"
+    assert [len(part.conditions) for part in _after(again, death, tmp_path, home, progress)] == [2, 2]
+    one = _Unit(unit.conditions[:1], alone=False)
+    [second] = _after(one, death, tmp_path, home, progress)
+    [third] = _after(second, death, tmp_path, home, progress)
+    assert folders(tmp_path) == [] and not progress.given_up
+    assert _after(third, death, tmp_path, home, progress) == []
+    if code == -11:
+        assert summary(tmp_path / "e5m2-adamw-seed0")["reason"] == "its process ended by SIGSEGV, 3 times"
+        assert not progress.given_up
+    else:
+        assert folders(tmp_path) == [] and progress.given_up == {"e5m2-adamw-seed0": f"{death.reason}, 3 times"}
+        with pytest.raises(UserError, match="e5m2-adamw-seed0 has no result: its process ended .* tries again"):
+            _refuse_gaps(progress)
 
 
 @pytest.mark.slow
