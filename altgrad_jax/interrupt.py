@@ -159,13 +159,16 @@ class _AtOnce(_Policy):
 
 
 class _Unwinding(_Policy):
-    _heard = False
+    def __init__(self) -> None:
+        self._heard, self._said = False, threading.Event()
 
     def meet(self, number: int) -> None:
+        self._said.wait(_WRITING_SECONDS)  # else the process might end before it is said why
         raise Interrupted(128 + number)
 
     def hear(self, number: int) -> None:
         _say("interrupted", sys.stderr)
+        self._said.set()
         if self._heard:
             end_process(128 + number)
         self._heard = True
