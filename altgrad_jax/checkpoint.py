@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from altgrad_jax import integrity
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import UsageError, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -298,9 +298,9 @@ def read_parts(source: str, like: dict[str, Any], optional: tuple[str, ...] = ()
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     steps = committed_steps(folder)
     if not steps:
-        raise UserError(f"no checkpoint in {root}; give a run's work directory as DIR or DIR@STEP")
+        raise UsageError(f"no checkpoint in {root}; give a run's work directory as DIR or DIR@STEP")
     if step_text and int(step_text) not in steps:
-        raise UserError(f"{root} has no checkpoint of step {step_text}; it has {', '.join(map(str, steps))}")
+        raise UsageError(f"{root} has no checkpoint of step {step_text}; it has {', '.join(map(str, steps))}")
     step = int(step_text) if step_text else steps[-1]
     where = folder / str(step)
     try:

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 from ml_collections import ConfigDict
 
+from altgrad_jax.config_keys import get, leaves
 from altgrad_jax.diagnostics.questions import parse_questions
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.loss_scale import parse_loss_scale
@@ -21,10 +22,12 @@ from altgrad_jax.model import GELUS, REMATS
 from altgrad_jax.optimizers.factory import OPTIONS
 from altgrad_jax.optimizers.manifold import FORMS, PLACEMENTS
 from altgrad_jax.optimizers.rules import optimizer_violations
+from altgrad_jax.optimizers.schedule import schedule_violations
 from altgrad_jax.optimizers.stored import MOMENTS
 from altgrad_jax.precision.policy import BACKENDS, KERNELS, parse_rule
 from altgrad_jax.precision.reals import float32_fault, seed_fault
 from altgrad_jax.stability import stability_violations
+from altgrad_jax.text_rules import text_violations
 from altgrad_jax.weights import STORAGES
 
 CHOICES = {
@@ -178,22 +181,6 @@ def check_is_matrix(config: ConfigDict) -> None:
     check_is_experiment(config.base)
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all settings."""
-    names = []
-    for key in config:
-        inner = config[key]
-        names += leaves(inner, f"{prefix}{key}.") if isinstance(inner, ConfigDict) else [f"{prefix}{key}"]
-    return names
-
-
-def get(config: ConfigDict, dotted: str):
-    """The value at a dotted key such as "train.steps"."""
-    for key in dotted.split("."):
-        config = config[key]
-    return config
-
-
 def validate(config: ConfigDict) -> None:
     """Checks everything that can be checked without data or devices.
 
@@ -227,6 +214,8 @@ def _violations(config: ConfigDict) -> Iterator[str]:
         yield f"config.optimizer.eps={config.optimizer.eps} must be above 0"
     yield from _precision_violations(config)
     yield from optimizer_violations(config)
+    yield from schedule_violations(config.optimizer)
+    yield from text_violations(config)
     yield from stability_violations(config)
     try:
         questions = parse_questions(config.diagnostics.questions)

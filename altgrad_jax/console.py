@@ -2,19 +2,20 @@
 
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from altgrad_jax.stability import no_step
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, at most one line so often, evaluations apart
 PLAIN_WIDTH = 140
+WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # as textwrap calls them
 # What an evaluation's line says beside the loss, where it is there.
 EVALUATION = (
     ("val/perplexity", "perplexity", ",.2f"),
@@ -38,12 +39,23 @@ def clock(seconds: float) -> str:
 
 
 def print_header(console: RichConsole, title: str, facts: dict[str, str]) -> None:
-    """What is about to run, as a two-column list."""
-    table = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        table.add_row(Text(key, style="bold"), value)
+    """What is about to run, as a two-column list. Long values go on in further lines, words stay whole."""
     console.print(title)
-    console.print(table)
+    width = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        first, *more = textwrap.wrap(value, max(console.width - width, 20), **WHOLE_WORDS) or [""]
+        console.print(Text.assemble((key.ljust(width), "bold"), first), soft_wrap=True)
+        for line in more:
+            console.print(" " * width + line, soft_wrap=True)
+
+
+def print_lines(console: RichConsole, lines: Iterable[str]) -> None:
+    """Lines below the header, two columns in; long ones go on further in, words stay whole."""
+    for line in lines:
+        for part in textwrap.wrap(
+            line, max(console.width, 40), initial_indent="  ", subsequent_indent="      ", **WHOLE_WORDS
+        ):
+            console.print(part, soft_wrap=True)
 
 
 class ConsoleSink:

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +103,43 @@ def memory_errors(settings: str) -> Iterator[None]:
         found = _SIZE.search(str(e))
         asked = f" for {found[1]}" if found else ""
         raise OutOfMemoryError(f"out of memory{asked} on {_device_memory()}; {settings}") from e
+
+
+def check_memory(state: Mapping[str, int], devices: int) -> None:
+    """Refuses a run whose state alone is more than there is; XLA may die of sizes like that while it compiles.
+
+    Args:
+      state: bytes of it on each device, by what they are for.
+      devices: local devices it is kept on; of a CPU they share one memory.
+
+    Raises:
+      OutOfMemoryError: naming the sizes and the settings.
+    """
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    copies = 1 if limit else devices
+    limit = limit or (host_memory() if device.platform == "cpu" else None)
+    needed = copies * sum(state.values())
+    if limit is None or needed <= limit:
+        return
+    parts = ", ".join(f"{name} {copies * size / 1e9:.3g} GB" for name, size in state.items() if size)
+    raise OutOfMemoryError(
+        f"out of memory before the first step: {parts} of state, and {device.device_kind} has {limit / 1e9:.3g} GB;"
+        " lower config.model.n_embd, n_layer or vocab_size, or config.parallel.devices on a CPU"
+    )
+
+
+def host_memory() -> int | None:
+    """Bytes that this process may use: the machine's with its swap space, or what its container is given."""
+    try:
+        sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+    except OSError:
+        return None  # no Linux
+    limits = [1024 * (int(sizes["MemTotal"]) + int(sizes["SwapTotal"]))]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(file).read_text().strip() if Path(file).is_file() else ""
+        limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,8 +2,9 @@
 
     python -m altgrad_jax.main --config=configs/bf16.py:quick --workdir=runs/quick [--config.train.steps=500]
 
-Running the same command again continues where the run stopped. Exit status: 0 finished, 1 failed or diverged, 2 usage
-error, 130 / 143 interrupted (a checkpoint has been saved).
+Running the same command again continues where the run stopped. --describe prints what
+would run and what it takes, and stops. Exit status: 0 finished, 1 failed or diverged, 2 usage error, 130 / 143
+interrupted (a checkpoint has been saved).
 """
 
 from pathlib import Path
@@ -22,11 +23,15 @@ from absl import flags
 
 from altgrad_jax import cli
 from altgrad_jax.config import validate
+from altgrad_jax.describe import describe
+from altgrad_jax.errors import UsageError
 from altgrad_jax.hosts import together
 from altgrad_jax.machine import check_xla_flags
 from altgrad_jax.train import train
+from altgrad_jax.versions import check_versions
 
 CONFIG = cli.define_config()
+DESCRIBE = flags.DEFINE_boolean("describe", False, "Print header, layers and memory, and stop; nothing is trained.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default runs/<config.tracking.name>.")
 
 
@@ -36,11 +41,16 @@ def main() -> int:
     config = cli.read_config(CONFIG)
     validate(config)
     cli.quiet_libraries()
+    check_versions()
     check_xla_flags()
+    workdir = WORKDIR.value or f"runs/{config.tracking.name}"
+    if DESCRIBE.value:
+        if config.parallel.hosts > 1:
+            raise UsageError("--describe is of one process: leave config.parallel.hosts and coordinator out")
+        return describe(config, Path(workdir).expanduser().absolute())
     if config.runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.runtime.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    workdir = WORKDIR.value or f"runs/{config.tracking.name}"
     with together(config, workdir):
         return train(config, workdir)
 

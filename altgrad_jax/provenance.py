@@ -23,6 +23,7 @@ from altgrad_jax import __version__
 from altgrad_jax.data.cache import TokenCache
 from altgrad_jax.data.overlap import open_overlap
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
+from altgrad_jax.versions import installed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy", "ml-collections")
 # Variables that change what JAX, XLA and NCCL do, by name; those of JAX's own settings are found in `jax.config`. A
@@ -114,7 +115,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "altgrad_jax": __version__}
     for name in PACKAGES:
         found[name] = importlib.metadata.version(name)
-    return found
+    return found | installed()
 
 
 def git_revision() -> dict[str, Any] | None:

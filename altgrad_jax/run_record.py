@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_of_one_layer
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.layers import parameter_counts
+from altgrad_jax.optimizers import describe_schedule
 from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
 from altgrad_jax.precision.audit import Audit
@@ -82,6 +84,7 @@ def write_manifest(
         "identity": identity,
         "config": provenance.config_dict(exp.config),
         "resolved": exp.resolved(),
+        "schedule": describe_schedule(exp.config.optimizer, exp.config.train.steps),
         "layers": exp.policy.table(),
         "audit": {"problem": audited}
         if isinstance(audited, str)
@@ -108,7 +111,7 @@ def _kernel_tiles(exp: Experiment, audited: Audit | str) -> dict[str, Any]:
     return {"kernel_tiles": used.as_json()} if used.line() else {}
 
 
-def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[str, str]:
+def header(exp: Experiment, folder: Path, step: int, origin: str) -> dict[str, str]:
     """What the user is shown before the first step."""
     config, counts, cache = exp.config, parameter_counts(exp.model), exp.cache.header
     validation = exp.cache.split_header(exp.eval_split)
@@ -123,11 +126,12 @@ def header(exp: Experiment, workdir: Workdir, step: int, origin: str) -> dict[st
         row, known = "windows", "" if floor is None else f", floor {floor:.4f} (no model can expect less)"
         entropy = {f"{exp.eval_split} entropy": f"unigram {validation.unigram_nats:.4f} nats per token{known}"}
     return {
-        "work directory": str(workdir.path),
+        "work directory": str(folder),
         "model": f"{shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}{gelu},"
         f" vocabulary {shape.vocab_size}: {counts['total']:,} parameters ({counts['without_embeddings']:,} without"
         " embeddings)",
         "optimizer": _optimizer(exp),
+        "learning rate": describe_schedule(config.optimizer, config.train.steps),
         "compute": f"{config.precision.compute}, {_quantised(exp)},"
         f" attention {resolved['attention']}, {resolved['devices']}",
         "corpus": describe(config.data, cache),
@@ -155,6 +159,28 @@ def state_bytes(exp: Experiment) -> dict[str, int]:
     state = exp.abstract_state()
     parts = {"parameters": state.params, "optimizer": state.opt_state, "scaling": (state.quant, state.loss_scale)}
     return {name: tree_bytes(tree) for name, tree in (parts | {"counters": state.counters}).items()}
+
+
+def memory_lines(exp: Experiment, compiled: Any) -> list[str]:
+    """For people: what a device holds from step to step, and what the compiled step adds.
+
+    Args:
+      exp: what is run.
+      compiled: `memory_analysis()` of its step; None where the backend has none.
+    """
+    parts = {name: size for name, size in state_bytes(exp).items() if size >= 1e5}
+    held = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items())
+    lines = [f"memory of a device: state {sum(parts.values()) / 1e6:,.1f} MB ({held})"]
+    if compiled is None:
+        return [*lines, "what the step adds is not told by this backend"]
+    peak = compiled.argument_size_in_bytes + compiled.output_size_in_bytes - compiled.alias_size_in_bytes
+    peak += compiled.temp_size_in_bytes
+    return [
+        *lines,
+        f"the compiled step adds {compiled.temp_size_in_bytes / 1e6:,.1f} MB of temporary arrays: about"
+        f" {peak / 1e6:,.1f} MB at its peak, by the compiler's count; evaluations and diagnostics have programs of"
+        " their own",
+    ]
 
 
 def _optimizer(exp: Experiment) -> str:

@@ -22,6 +22,7 @@ from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.files import read_json
 from altgrad_jax.layers import layer_shapes, layer_weights
+from altgrad_jax.machine import memory_errors
 from altgrad_jax.model import UNQUANTISED, GPTConfig, KVCache, Quantised, gpt_config
 from altgrad_jax.precision.policy import Policy, resolve
 from altgrad_jax.state import init_params, model_structure
@@ -42,12 +43,15 @@ MANIFEST = {  # what of it is read here
 }
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default the newest.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default the newest.", lower_bound=0)
 PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty: the beginning of a document.")
-TOKENS = flags.DEFINE_integer("tokens", 100, "Tokens to generate.", lower_bound=1)
-SAMPLES = flags.DEFINE_integer("samples", 1, "Texts to generate.", lower_bound=1)
+MANY = 2**31 - 1  # what an index can be
+TOKENS = flags.DEFINE_integer("tokens", 100, "Tokens to generate.", lower_bound=1, upper_bound=MANY)
+SAMPLES = flags.DEFINE_integer("samples", 1, "Texts to generate.", lower_bound=1, upper_bound=MANY)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 takes the likeliest.", lower_bound=0.0)
-TOP_K = flags.DEFINE_integer("top_k", 50, "Draw from the k likeliest tokens; 0: from all.", lower_bound=0)
+TOP_K = flags.DEFINE_integer(
+    "top_k", 50, "Draw from the k likeliest tokens; 0: from all.", lower_bound=0, upper_bound=MANY
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1)
 
 
@@ -128,7 +132,7 @@ def load_run(workdir: str, step: int | None) -> LoadedRun:
     """
     manifest = read_json(Path(workdir).expanduser() / "manifest.json", MANIFEST)
     if manifest is None:
-        raise UserError(f"--workdir={workdir} holds no manifest.json; give a run's work directory")
+        raise UsageError(f"--workdir={workdir} holds no manifest.json; give a run's work directory")
     config = manifest["config"]
     if config.get("task", "lm") != "lm":
         raise UserError(f"{workdir} is a run of config.task={config['task']}: it has no next token to draw")
@@ -158,6 +162,8 @@ def main() -> int:
     cli.quiet_libraries()
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing: the work directory of a run")
+    if not TEMPERATURE.value <= np.finfo(np.float32).max:
+        raise UsageError(f"--temperature={TEMPERATURE.value} is not finite in float32; 0 takes the likeliest token")
     run = load_run(WORKDIR.value, STEP.value)
     tokenizer = run.cache.tokenizer()
     room = run.model.block_size - TOKENS.value + 1
@@ -165,20 +171,22 @@ def main() -> int:
         raise UsageError(f"--tokens={TOKENS.value} is more than the model's block of {run.model.block_size} can hold")
     # An empty prompt begins where documents begin: after the end of another.
     prompt = list(tokenizer.encode(PROMPT.value)) if PROMPT.value else [tokenizer.end_of_text]
-    prompt_BT = jnp.asarray(np.tile(np.array(prompt[-room:], np.int32), (SAMPLES.value, 1)))
-    drawn = generate(
-        model_structure(run.model),
-        run.params,
-        prompt_BT,
-        jax.random.key(SEED.value),
-        TEMPERATURE.value,
-        tokens=TOKENS.value,
-        top_k=TOP_K.value,
-        vocab_size=run.cache.vocab_size,
-        quantised=run.quantised,
-    )
+    with memory_errors(f"lower --samples={SAMPLES.value}"):
+        prompt_BT = jnp.asarray(np.tile(np.array(prompt[-room:], np.int32), (SAMPLES.value, 1)))
+        drawn = generate(
+            model_structure(run.model),
+            run.params,
+            prompt_BT,
+            jax.random.key(SEED.value),
+            TEMPERATURE.value,
+            tokens=TOKENS.value,
+            top_k=TOP_K.value,
+            vocab_size=run.cache.vocab_size,
+            quantised=run.quantised,
+        )
+        drawn = np.asarray(drawn)
     print(f"step {run.step}, temperature {TEMPERATURE.value}, top_k {TOP_K.value}, seed {SEED.value}")
-    for row in np.asarray(drawn):
+    for row in drawn:
         end = np.flatnonzero(row == tokenizer.end_of_text)
         print("---")
         print(PROMPT.value + tokenizer.decode(row[: end[0]] if end.size else row))

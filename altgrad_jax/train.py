@@ -21,20 +21,21 @@ from rich.console import Console
 
 from altgrad_jax import checkpoint, experiment, provenance
 from altgrad_jax.config import check_devices
-from altgrad_jax.console import ConsoleSink, make_console, print_header
+from altgrad_jax.console import ConsoleSink, make_console, print_header, print_lines
 from altgrad_jax.data.corpus import open_corpus, refuse_another_meaning
 from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.hosts import agree
 from altgrad_jax.interrupt import GracefulStop, ending_at_once
-from altgrad_jax.machine import check_device, memory_errors
+from altgrad_jax.machine import check_device, check_memory, memory_errors
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
+from altgrad_jax.precision.target import why_no_fp8
 from altgrad_jax.profiling import StepTrace
 from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
-from altgrad_jax.run_record import Progress, header, write_manifest, write_summary
+from altgrad_jax.run_record import Progress, header, state_bytes, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, event, make_fallback, no_step, rewinds, unhealthy
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.task import HEAD
@@ -93,6 +94,7 @@ def train(
         cache = open_corpus(config)
         refuse_another_meaning(config.data, cache.header, workdir.read_json("manifest.json"), workdir.path)
         exp = experiment.build(config, cache)
+        check_memory(state_bytes(exp), len(exp.parallel.devices))
         checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
         cleanup.callback(checkpoints.close)
         run_identity = provenance.identity(config, exp.cache) | exp.policy.identity() | exp.task.identity()
@@ -104,17 +106,18 @@ def train(
         if start.step >= config.train.steps and _is_recorded_as_finished(workdir, start.step):
             console.print(f"already finished: {workdir.path} is at step {start.step} of {config.train.steps}")
             return 0
-        print_header(console, f"altgrad_jax {config.tracking.name}", header(exp, workdir, start.step, start.origin))
-        for line in exp.policy.lines() if exp.policy.plans else ():
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+        facts = header(exp, workdir.path, start.step, start.origin)
+        print_header(console, f"altgrad_jax {config.tracking.name}", facts)
+        print_lines(console, exp.policy.lines() if exp.policy.plans else ())
         stop = GracefulStop(last_words=f"stopped without saving; to go on: {_shown(command)}")
         with stop if exp.parallel.hosts > 1 else ending_at_once("stopped while compiling", workdir.close):
             console.print("  compiling")
             audited, compile_seconds = compile_audited(exp, start.state)
-        found = audited if isinstance(audited, str) else audited.headline()
-        console.print(f"  {found}", highlight=False, soft_wrap=True)
-        if not isinstance(audited, str) and (tiles := tiles_used(audited, exp.policy.tiles).line()):
-            console.print(f"  {tiles}", highlight=False, soft_wrap=True)
+        if isinstance(audited, str):
+            print_lines(console, [audited])
+        else:
+            found = [audited.headline(why_no_fp8()), tiles_used(audited, exp.policy.tiles).line()]
+            print_lines(console, filter(None, found))
         manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited, command, more)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         trace = StepTrace(workdir.path / "profile" if config.profile else None)

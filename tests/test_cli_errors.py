@@ -41,14 +41,16 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "path without files": (["--config.data.name=embedded"], 2, ["data.path is read only with config.data.name=files"]),
     "corpus under a block": (["--config.model.block_size=100000"], 1, ["validation", "tokens", "block_size"]),
     "corpus under a batch": (["--config.train.batch_size=3000"], 1, ["validation", "fewer than a batch of 3000"]),
-    "missing text": (["--config.data.path=nowhere.txt"], 1, ["nowhere.txt does not exist"]),
+    "missing text": (["--config.data.path=nowhere.txt"], 2, ["nowhere.txt does not exist"]),
     "missing source": (
         ["--config.data.name=eurlex", "--config.data.path="],
         2,
         ["data.name=eurlex", "not prepared", "altgrad_jax.data prepare --name=eurlex", "data.name=embedded"],
     ),
-    "missing cache": (["--config.data.cache=nowhere"], 1, ["no token cache at nowhere"]),
-    "no weights": (["--config.checkpoint.restore_from=nowhere"], 1, ["no checkpoint in", "nowhere"]),
+    "missing cache": (["--config.data.cache=nowhere"], 2, ["no token cache at nowhere"]),
+    "no weights": (["--config.checkpoint.restore_from=nowhere"], 2, ["no checkpoint in", "nowhere"]),
+    "a checkpoint's folder": (["--config.checkpoint.restore_from=a/checkpoints/6/"], 2, ["write a@6, the run and the"]),
+    "a tag of no text": (["--config.tracking.tags=('a', 5)"], 2, ["config.tracking.tags: 5 is no text"]),
     "W&B without login": (["--config.tracking.wandb=online"], 1, ["no W&B login", "--config.tracking.wandb=offline"]),
 }
 
@@ -72,8 +74,9 @@ def test_every_mistake_is_one_line_and_creates_nothing(lab, tmp_path):
         assert not done.out, (name, done)
     assert not [path for path in tmp_path.glob("run */**/*") if path.is_file() and path.name != ".lock"]
     # What flags and configuration tell is told before the work directory is made.
+    later = ("model under tokenizer", "missing text", "missing cache", "no weights")
     for i, (name, (_, code, _)) in enumerate(MISTAKES.items()):
-        assert code != 2 or not (tmp_path / f"run {i}").exists() or name == "model under tokenizer", name
+        assert code != 2 or not (tmp_path / f"run {i}").exists() or name in later, name
 
 
 def test_config_files_that_are_none(lab, tmp_path):
@@ -154,7 +157,7 @@ def test_refused_starts_leave_an_earlier_run_as_it_was(lab, tmp_path):
     refused = [
         ({"model.n_embd": 64, "model.bias": True}, 1, ["model.bias: False -> True", "model.n_embd: 32 -> 64"]),
         ({"tracking.wandb": "online"}, 1, ["no W&B login"]),
-        ({"data.path": str(tmp_path / "nowhere.txt")}, 1, ["does not exist"]),
+        ({"data.path": str(tmp_path / "nowhere.txt")}, 2, ["does not exist"]),
         ({"parallel.devices": 3}, 2, ["batch_size=8"]),
     ]
     cases = [lab.arguments(run, changes) for changes, _, _ in refused]

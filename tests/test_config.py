@@ -84,6 +84,26 @@ def test_every_config_file_is_valid_and_locked(variant):
         ({"data__vocab_size": 50258}, "config.data.vocab_size=50258 is larger than config.model.vocab_size=50257"),
         ({"data__name": "files"}, "config.data.name=files needs config.data.path"),
         ({"data__path": "x.txt"}, "config.data.path is read only with config.data.name=files"),
+        ({"optimizer__decay_steps": 100}, "decay_steps=100 is not above config.optimizer.warmup_steps=100"),
+        ({"optimizer__decay_steps": 7}, "the rate would fall to its floor in one step"),
+        (
+            {"optimizer__schedule": "constant", "optimizer__decay_steps": 500},
+            "does nothing with config.optimizer.sched",
+        ),
+        ({"tracking__tags": ("a", " ")}, "config.tracking.tags: ' ' is empty; tags have 1 to 64 characters"),
+        ({"tracking__tags": ("x" * 65,)}, "has 65 characters; tags have 1 to 64"),
+        ({"tracking__tags": (None,)}, "config.tracking.tags: None is no text"),
+        ({"tracking__project": "team/fp8"}, "for a project of 'team': config.tracking.entity=team, project=fp8"),
+        ({"tracking__project": "50%?"}, "config.tracking.project='50%?' has % ? in it"),
+        ({"tracking__project": ""}, "config.tracking.project is empty"),
+        ({"tracking__project": "p" * 129}, "config.tracking.project has 129 characters, and W&B takes up to 128"),
+        ({"tracking__name": "n" * 129}, "config.tracking.name has 129 characters"),
+        ({"tracking__name": "a\nb"}, "holds characters that cannot be seen"),
+        ({"tracking__entity": " "}, "holds characters that cannot be seen"),
+        ({"checkpoint__restore_from": "None"}, "restore_from=None is taken for a name: leave it out"),
+        ({"data__cache": "null"}, "config.data.cache=null is taken for a name"),
+        ({"data__data_dir": ""}, "config.data.data_dir is empty"),
+        ({"checkpoint__restore_from": "r/checkpoints/600/state"}, "write r@600, the run and the step"),
         *(({key.replace(".", "__"): "other"}, f"config.{key}='other' is not one of") for key in CHOICES),
     ],
 )
@@ -91,6 +111,13 @@ def test_values_that_cannot_work_are_named(changes, says):
     with pytest.raises(UsageError) as caught:
         validate(changed(**changes))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_texts_that_are_fine():
+    validate(changed(checkpoint__restore_from="checkpoints@6", tracking__tags=("x" * 64, "é")))
+    validate(changed(checkpoint__restore_from="", data__cache="", tracking__entity=""))
+    validate(changed(tracking__wandb="disabled", tracking__name="n" * 200))
+    validate(changed(checkpoint__restore_from="runs/nonesuch/checkpoints"))
 
 
 def test_all_violations_are_reported_at_once():

@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "interrupt", "meter", "ranking", "relay", "scripts", "streams"),
+    ("__init__", "errors", "interrupt", "meter", "ranking", "relay", "scripts", "streams", "config_keys"),
     ("allocator",),
-    ("precision", "recomputation", "files", "multilabel"),
+    ("precision", "recomputation", "files", "multilabel", "text_rules", "versions"),
     ("loss_scale",),
     ("model", "losses", "optimizers", "stability", "machine", "profiling"),
     ("layers",),
@@ -32,7 +32,7 @@ LAYERS = (
     ("formats",),
     ("experiment",),
     ("run_record",),
-    ("train", "sample", "audit", "report", "data.__main__"),
+    ("train", "describe", "sample", "audit", "report", "data.__main__"),
     ("main", "sweep"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

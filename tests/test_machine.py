@@ -65,9 +65,38 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_a_run_that_asks_for_too_much(lab, tmp_path):
-    """More than any machine has: one line with three settings, and the run is marked as failed."""
+    """A state that no machine holds is refused before XLA compiles a step for it, of which it may die by a signal."""
     done = ended(lab.start(tmp_path / "run", {"train.batch_size": 8, "model.n_embd": 2**21, "model.n_head": 2**15}))
-    assert_one_line(done, 1, ["out of memory", "config.train.remat", "config.train.grad_accumulation", "batch_size"])
+    says = [
+        "out of memory before the first step: parameters 2.11e+05 GB",
+        "optimizer 4.22e+05 GB",
+        "config.model.n_embd",
+    ]
+    assert_one_line(done, 1, says)
+    assert not done.out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "size", "devices", "refused"),
+    [(None, 30, 1, False), (None, 30, 4, True), (None, 101, 1, True), (40, 39, 8, False), (40, 41, 1, True)],
+)
+def test_a_state_that_does_not_fit(monkeypatch, gpu, size, devices, refused):
+    """Devices of a CPU share its memory, 100 GB here; a GPU has its own."""
+    memory = {"bytes_limit": gpu * 10**9} if gpu else None
+    device = SimpleNamespace(device_kind="it", platform="gpu" if gpu else "cpu", memory_stats=lambda: memory)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(machine, "host_memory", lambda: 100 * 10**9)
+    state = {"parameters": size * 10**9, "scaling": 0}
+    if not refused:
+        return machine.check_memory(state, devices)
+    with pytest.raises(
+        machine.OutOfMemoryError, match=f"parameters {size * (1 if gpu else devices)} GB of state, and it"
+    ):
+        machine.check_memory(state, devices)
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert 2**28 < machine.host_memory() < 2**50
 
 
 def test_device_memory_where_it_is_known(monkeypatch):

@@ -165,7 +165,7 @@ def batch(console: Console) -> None:
         raise UsageError("batch needs --workdir and --step")
     manifest = read_json(Path(WORKDIR.value).expanduser() / "manifest.json", MANIFEST)
     if manifest is None:
-        raise UserError(f"{WORKDIR.value} holds no manifest.json; give a run's work directory")
+        raise UsageError(f"{WORKDIR.value} holds no manifest.json; give a run's work directory")
     cache = _cache_of(manifest)
     config = ConfigDict({"task": "lm"} | manifest["config"])
     batches = make_task(config, cache).batches(config, cache)

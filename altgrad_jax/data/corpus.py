@@ -44,7 +44,10 @@ def open_corpus(config: ConfigDict, progress: bool = True) -> TokenCache:
 def _open(config: ConfigDict, progress: bool) -> TokenCache:
     data = config.data
     if data.cache:
-        return open_cache(Path(data.cache).expanduser())
+        folder = Path(data.cache).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"config.data.cache: no token cache at {folder}; without the setting one is built")
+        return open_cache(folder)
     vocab_size = data.vocab_size or config.model.vocab_size
     if brought := brought_caches(config):
         return open_cache(brought[0])

@@ -19,7 +19,7 @@ from altgrad_jax.data.documents import SPLITS
 from altgrad_jax.data.download import fetch, sha256_of
 from altgrad_jax.data.eurlex_corpora import CORPORA, Corpus, Record
 from altgrad_jax.data.jsonlines import SUFFIXES, JsonRecord, read_json_file, read_json_lines
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import UsageError, UserError
 
 CONCEPTS_FILE = "concepts.json"
 SOURCE_FILE = "source.json"  # beside prepared data: what it was made from
@@ -115,7 +115,7 @@ def find_layout(source: Path, corpus: Corpus | None = None) -> Layout:
       UserError: no such folder, no corpus in it, a split missing, or several corpora and no telling which is meant.
     """
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder: --source takes the folder that holds the EUR-Lex files")
+        raise UsageError(f"{source} is not a folder: --source takes the folder that holds the EUR-Lex files")
     wanted = (corpus,) if corpus else tuple(CORPORA.values())
     found = [layout for one in wanted if (layout := _find_archive(one, source) or _find_open(one, source))]
     if corpus is None and found:

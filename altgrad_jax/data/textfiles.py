@@ -31,7 +31,7 @@ import numpy as np
 from altgrad_jax.data.documents import SPLITS, Document
 from altgrad_jax.data.download import sha256_of
 from altgrad_jax.data.jsonlines import MAX_BLANK_BYTES, SUFFIXES, JsonRecord, open_binary, read_json_lines
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import UsageError, UserError
 
 WHOLE_FILE_BYTES = 64 << 10
 DOCUMENT_CHARACTERS = 4096
@@ -71,7 +71,7 @@ class TextFiles:
         elif root.is_file():
             groups = {"": _files(root, root.parent)}
         else:
-            raise UserError(f"{root} does not exist: give a text file, a JSON lines file or a folder of them")
+            raise UsageError(f"{root} does not exist: give a text file, a JSON lines file or a folder of them")
         if not any(groups.values()):
             raise UserError(f"{root} holds nothing to read: looked for {', '.join(_ALL_SUFFIXES)} files")
         self._groups = groups

@@ -1,4 +1,4 @@
-"""From `config.optimizer` to an optax transformation and its learning-rate schedule."""
+"""From `config.optimizer` to an optax transformation."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -13,6 +13,7 @@ from altgrad_jax.optimizers.grid import grid
 from altgrad_jax.optimizers.grids import Formats, labels
 from altgrad_jax.optimizers.madam import madam
 from altgrad_jax.optimizers.manifold import manifold_adamw
+from altgrad_jax.optimizers.schedule import make_schedule
 from altgrad_jax.optimizers.stored import adamw_sr
 
 Transformation: TypeAlias = optax.GradientTransformation
@@ -33,27 +34,6 @@ def needs_formats(optimizer: ConfigDict) -> bool:
     """Whether the optimizer works on the grids of quantised layers, and has nothing to do without any."""
     on_bfloat16 = optimizer.name == "adamw_sr" and optimizer.weights == "bfloat16"
     return optimizer.name in ("manifold_adamw", "grid", "adamw_sr") and not on_bfloat16
-
-
-def make_schedule(optimizer: ConfigDict, total_steps: int, peak: float | None = None) -> optax.Schedule:
-    """Learning rate as a function of the step, counted from 0.
-
-    Warm-up is linear and its first step already moves: rate (step + 1) / warmup_steps x peak. After it the rate falls
-    to `min_lr_ratio` x peak at `decay_steps` (0: `total_steps`), by a half cosine or a straight line, and stays there.
-    `peak` is `learning_rate` where it is not given.
-    """
-    peak, warmup = optimizer.learning_rate if peak is None else peak, optimizer.warmup_steps
-    decay = max(1, (optimizer.decay_steps or total_steps) - warmup)
-    if optimizer.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, decay, alpha=optimizer.min_lr_ratio)
-    elif optimizer.schedule == "linear":
-        after = optax.linear_schedule(peak, peak * optimizer.min_lr_ratio, decay)
-    else:
-        after = optax.constant_schedule(peak)
-    if warmup == 0:
-        return after
-    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([ramp, after], [warmup])
 
 
 def is_matrix(params) -> object:

@@ -128,8 +128,8 @@ class Audit:
             "others": [asdict(gemm) for gemm in self.others],
         }
 
-    def lines(self) -> list[str]:
-        """For people: one line for products that differ only in their block's number, then the summary."""
+    def lines(self, no_units: str = "") -> list[str]:
+        """For people: one line for products that differ only in their block's number, then `headline`."""
         groups: dict[str, int] = defaultdict(int)
         for finding in self.findings:
             layer = re.sub(r"^blocks\.\d+\.", "blocks.*.", finding.layer)
@@ -138,11 +138,22 @@ class Audit:
         for gemm in self.others:
             groups[f"{gemm.layer}: {_describe(gemm)}"] += 1
         lines = [f"{line} [{count} times]" if count > 1 else line for line, count in groups.items()]
-        return [*lines, self.headline()]
+        return [*lines, self.headline(no_units)]
 
-    def headline(self) -> str:
-        """The summary in a line."""
+    def headline(self, no_units: str = "") -> str:
+        """The summary in a line.
+
+        Args:
+          no_units: why the machine multiplies no FP8 at all; "" where it does, or need not be known.
+        """
         found = self.summary()
+        if not found["fp8_asked"]:
+            return "FP8 products: none asked for"
+        if no_units and not found["fp8_got"]:
+            return (
+                f"FP8 products: {found['fp8_asked']} asked for, all emulated ({no_units}): operands are rounded to"
+                " their formats and multiplied in wider ones, so the losses are FP8's and the speed is not"
+            )
         return (
             f"FP8 products: {found['fp8_asked']} asked for, {found['fp8_got']} got;"
             f" {100 * found['fp8_share']:.1f} % of the step's multiply-adds in FP8"

@@ -234,15 +234,26 @@ class Policy:
         }
 
     def lines(self) -> list[str]:
-        """The table for people: one line for all layers that differ only in their block's number."""
+        """The table for people: one line for all layers that run alike, blocks without their numbers."""
         groups: dict[str, list[str]] = {}
         for row in self.table():
             name = re.sub(r"^blocks\.\d+\.", "blocks.*.", row["layer"])
-            size = "x".join(map(str, row["shape"]))
-            what = " | ".join(f"{role} {row[role]}" for role in ROLES if role in row) or PLAIN
             note = f" ({row['note']})" if "note" in row else ""
-            groups.setdefault(f"{name} {size}: {what}, {row['backend']}{note}", []).append(row["layer"])
-        return [f"{line} [{len(layers)} layers]" if len(layers) > 1 else line for line, layers in groups.items()]
+            alike = groups.setdefault(f"{_by_role(row)}, {row['backend']}{note}", [])
+            alike.append(f"{name} {'x'.join(map(str, row['shape']))}")
+        return [
+            f"{', '.join(dict.fromkeys(layers))}{f' [{len(layers)} layers]' if len(layers) > 1 else ''}: {what}"
+            for what, layers in groups.items()
+        ]
+
+
+def _by_role(row: Mapping[str, Any]) -> str:
+    """ "activation, weight e4m3fn delayed(16) | gradient e5m2 delayed(16)": roles of one format together."""
+    roles: dict[str, list[str]] = {}
+    for role in ROLES:
+        if role in row:
+            roles.setdefault(row[role], []).append(role)
+    return " | ".join(f"{', '.join(names)} {what}" for what, names in roles.items()) or PLAIN
 
 
 def resolve(

@@ -55,9 +55,9 @@ def check_out(out: str) -> Path:
             f' -e ".[report]"; or by themselves, pip install {packages}'
         )
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it")
+        raise UsageError(f"{path} is a folder; name a file in it")
     if not path.resolve().parent.is_dir():
-        raise UserError(f"there is no folder {path.resolve().parent}: make it first")
+        raise UsageError(f"there is no folder {path.resolve().parent}: make it first")
     if not os.access(path.resolve().parent, os.W_OK):
         raise UserError(f"{path.resolve().parent} cannot be written")
     return path

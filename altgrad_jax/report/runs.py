@@ -12,7 +12,7 @@ from typing import Any
 
 from altgrad_jax import files
 from altgrad_jax.diagnostics.questions import is_answered
-from altgrad_jax.errors import UserError
+from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.tracking import NOT_FINITE, Record, is_number
 
 # What must be equal for the losses of two runs to be compared: the data, the model's task, how long it was learned, and
@@ -96,7 +96,7 @@ def read_run(path: Path) -> Run:
     """
     problems: list[str] = []
     if not (path / "metrics.jsonl").exists() and not (path / "manifest.json").exists():
-        raise UserError(f"{path} is no work directory: it has neither metrics.jsonl nor manifest.json")
+        raise UsageError(f"{path} is no work directory: it has neither metrics.jsonl nor manifest.json")
     manifest, summary = (_read_json(path / name, problems) for name in ("manifest.json", "summary.json"))
     records = _read_records(path / "metrics.jsonl", problems)
     if not records:
@@ -194,11 +194,11 @@ def read_runs(paths: Iterable[str]) -> list[Run]:
     for text in paths:
         path = Path(text).expanduser()
         if not path.is_dir():
-            raise UserError(f"there is no folder {path}")
+            raise UsageError(f"there is no folder {path}")
         inside = sorted(p for p in path.iterdir() if (p / "manifest.json").exists() or (p / "metrics.jsonl").exists())
         is_run = (path / "metrics.jsonl").exists() or (path / "manifest.json").exists()
         if not is_run and not inside:
-            raise UserError(f"{path} is no work directory and holds none: no manifest.json, no metrics.jsonl")
+            raise UsageError(f"{path} is no work directory and holds none: no manifest.json, no metrics.jsonl")
         runs += [read_run(path)] if is_run else [read_run(p) for p in inside]
     return runs
 

@@ -37,11 +37,13 @@ from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meanin
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.files import read_json, write_json
 from altgrad_jax.machine import check_xla_flags
+from altgrad_jax.optimizers import describe_schedule
 from altgrad_jax.sweep.groups import program_keys
 from altgrad_jax.sweep.matrix import PLAIN_CONFIG, Condition, conditions
 from altgrad_jax.sweep.progress import Progress
 from altgrad_jax.sweep.run import in_process_of_its_own, refuse_others, run_all
 from altgrad_jax.sweep.search import choose, search_conditions
+from altgrad_jax.versions import check_versions
 
 MANY_ON_CPU, MANY = 8, 64  # conditions in one program where config.together is 0
 
@@ -97,6 +99,7 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
         "conditions": f"{len(all_conditions)}, and {len(trial)} of the search for learning rates",
         "each": f"{matrix.base.train.steps} steps, data {corpus.sha256[:8]}",
         "corpus": describe(matrix.base.data, corpus.header),
+        "learning rates": f"of each condition, as a factor: {_schedule(matrix.base)}",
         "shard": f"{shard[0]} of {shard[1]}",
     }
     print_header(console, f"altgrad_jax sweep {matrix.name}", facts)
@@ -145,6 +148,12 @@ def _command() -> list[str]:
     return ["python", "-m", "altgrad_jax.sweep", *sys.argv[1:]]
 
 
+def _schedule(base: ConfigDict) -> str:
+    """What all conditions' rates have in common."""
+    relative = ConfigDict(base.optimizer.to_dict() | {"learning_rate": 1.0})
+    return describe_schedule(relative, base.train.steps)
+
+
 def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condition]) -> None:
     """Writes matrix.json."""
     workdir.mkdir(parents=True, exist_ok=True)
@@ -167,6 +176,7 @@ def main() -> int:
     matrix = cli.read_config(CONFIG, check_is_matrix)
     shard = parse_shard(SHARD.value)
     cli.quiet_libraries()
+    check_versions()
     check_xla_flags()
     return sweep(matrix, Path(WORKDIR.value or f"runs/{matrix.name}").expanduser(), shard)
 

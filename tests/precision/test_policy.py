@@ -114,19 +114,16 @@ def test_table_has_a_row_for_every_layer():
     assert by_layer["lm_head"] == {"layer": "lm_head", "shape": [16, 13], "recipe": "bf16", "backend": "16-bit"}
 
 
-def test_lines_group_layers_that_differ_in_their_block_alone():
+def test_lines_group_layers_that_run_alike():
     policy = resolve([(r"blocks\.0\.mlp\.up", "e4m3"), (r"blocks\..*", "e5m2_cast"), ("wpe", "e5m2")], SHAPES)
-    cast = "activation e5m2 none overflows | weight e5m2 none overflows | gradient e5m2 none overflows"
+    cast = "activation, weight, gradient e5m2 none overflows"
     delayed = cast.replace("e5m2 none overflows", "e4m3fn delayed(16)")
     here = "emulated (no FP8 matrix units on this machine)"
     assert policy.lines() == [
-        f"blocks.*.attn.qkv 16x48: {cast}, {here} [2 layers]",
-        f"blocks.*.attn.proj 16x16: {cast}, {here} [2 layers]",
+        "blocks.*.attn.qkv 16x48, blocks.*.attn.proj 16x16, blocks.*.mlp.down 64x16, blocks.*.mlp.up 16x64 [7 layers]:"
+        f" {cast}, {here}",
         f"blocks.*.mlp.up 16x64: {delayed}, {here}",
-        f"blocks.*.mlp.down 64x16: {cast}, {here} [2 layers]",
-        f"blocks.*.mlp.up 16x64: {cast}, {here}",
-        "lm_head 16x13: bf16, 16-bit",
-        "wte 13x16: bf16, 16-bit",
+        "lm_head 16x13, wte 13x16 [2 layers]: bf16, 16-bit",
         "wpe 8x16: weight e5m2 delayed(16), emulated (rounded when looked up)",
     ]
 

@@ -126,8 +126,8 @@ def test_the_command(tmp_path):
     assert "[red]bf16" in shown.out and "\x1b" not in shown.out
     assert "12,346" in shown.out and "+0.2000" in shown.out and "so nothing is tested" in shown.out
     assert_one_line(nothing, 2, ["name the work directories to compare"])
-    assert_one_line(missing, 1, ["there is no folder"])
-    assert_one_line(foreign, 1, ["is no work directory and holds none"])
+    assert_one_line(missing, 2, ["there is no folder"])
+    assert_one_line(foreign, 2, ["is no work directory and holds none"])
 
 
 def test_numbers_that_are_not_there():

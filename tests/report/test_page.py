@@ -224,7 +224,7 @@ def test_the_command(tmp_path):
     assert ("results", "e5m2, adamw", "gap") in csv_cells(Path(page))
     assert csv_cells(Path(page))["results", "e5m2, adamw", "gap"][3] == "baseline"
     assert_one_line(suffix, 2, ["ends in .html"])
-    assert_one_line(nowhere, 1, ["there is no folder", "none"])
+    assert_one_line(nowhere, 2, ["there is no folder", "none"])
     assert_one_line(baseline, 2, ["e9m9", "bf16, adamw"])
     assert_one_line(lonely, 2, ["--baseline goes with --out"])
     assert terminal.code == 0 and "no test can tell" in terminal.out
