@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from altgrad_jax import integrity
+from altgrad_jax.differences import differences
 from altgrad_jax.errors import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restor
     """
     # Orbax casts silently where dtypes differ, so they are compared before it sees them.
     if (wanted := integrity.describe(like)) != manifest["leaves"]:
-        different = _differences(manifest["leaves"], wanted, most=4)
+        different = differences(manifest["leaves"], wanted, most=4)
         raise UserError(
             f"the checkpoint {folder / str(step)} holds other arrays than this run ({different}); use the version of"
             " altgrad_jax it was made with, or another --workdir"
@@ -249,19 +250,11 @@ def read(folder: Path, step: int, like: Any, manifest: dict[str, Any]) -> Restor
     return Restored(step, items["state"], _unseal(items["iterator"], "the iterator"), manifest)
 
 
-def _differences(stored: dict[str, Any], current: dict[str, Any], most: int | None = None) -> str:
-    """The entries that two flat dicts do not share, all or the first `most`: "name: old -> new; ..."."""
-    names = sorted(k for k in stored.keys() | current.keys() if stored.get(k) != current.get(k))
-    lines = [f"{k}: {stored.get(k, 'absent')} -> {current.get(k, 'absent')}" for k in names]
-    more = [] if most is None or len(lines) <= most else [f"and {len(lines) - most} more"]
-    return "; ".join(lines[:most] + more)
-
-
 def refuse_differences(stored: dict[str, Any], current: dict[str, Any], where: Path) -> None:
     """Raises UserError with the list of what differs between two runs' identities."""
     if stored != current:
         raise UserError(
-            f"{where} belongs to a different run ({_differences(stored, current)}); use the settings it"
+            f"{where} belongs to a different run ({differences(stored, current)}); use the settings it"
             " was made with, another --workdir, or"
             " --config.checkpoint.restore_from to start a new run from its weights"
         )
@@ -321,7 +314,7 @@ def _read_parts(folder: Path, step: int, like: dict[str, Any], optional: tuple[s
             found = {n: d for n, d in found.items() if n not in OUTPUT_LAYERS}
     wanted = integrity.describe(like)
     if wanted != found:
-        different = _differences(found, wanted, most=4)
+        different = differences(found, wanted, most=4)
         raise UserError(f"the weights in {folder / str(step)} do not fit config.model: {different}")
     restore = ocp.args.PyTreeRestore(
         item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True

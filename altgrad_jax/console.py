@@ -87,7 +87,7 @@ class ConsoleSink:
             about = ", ".join(str(record[key]) for key in ("event/layer", "event/change") if key in record)
             self._line(
                 f"step {step:>6}/{self._total}  {record['event']}: {about}{' ' if about else ''}"
-                f"({record['event/reason']})"
+                f"{record['event/reason'] if not about else '(' + record['event/reason'] + ')'}"
             )
             return
         now = ""

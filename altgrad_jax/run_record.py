@@ -168,19 +168,24 @@ def memory_lines(exp: Experiment, compiled: Any) -> list[str]:
       exp: what is run.
       compiled: `memory_analysis()` of its step; None where the backend has none.
     """
-    parts = {name: size for name, size in state_bytes(exp).items() if size >= 1e5}
-    held = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items())
-    lines = [f"memory of a device: state {sum(parts.values()) / 1e6:,.1f} MB ({held})"]
+    parts = state_bytes(exp)
+    total = sum(parts.values())
+    held = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items() if size >= 0.01 * total)
+    lines = [f"memory of a device: state {_megabytes(total)} ({held})"]
     if compiled is None:
         return [*lines, "what the step adds is not told by this backend"]
     peak = compiled.argument_size_in_bytes + compiled.output_size_in_bytes - compiled.alias_size_in_bytes
     peak += compiled.temp_size_in_bytes
     return [
         *lines,
-        f"the compiled step adds {compiled.temp_size_in_bytes / 1e6:,.1f} MB of temporary arrays: about"
-        f" {peak / 1e6:,.1f} MB at its peak, by the compiler's count; evaluations and diagnostics have programs of"
+        f"the compiled step adds {_megabytes(compiled.temp_size_in_bytes)} of temporary arrays: about"
+        f" {_megabytes(peak)} at its peak, by the compiler's count; evaluations and diagnostics have programs of"
         " their own",
     ]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
 def _optimizer(exp: Experiment) -> str:

@@ -162,7 +162,7 @@ def main() -> int:
     cli.quiet_libraries()
     if WORKDIR.value is None:
         raise UsageError("--workdir is missing: the work directory of a run")
-    if not TEMPERATURE.value <= np.finfo(np.float32).max:
+    if not TEMPERATURE.value <= float(np.finfo(np.float32).max):
         raise UsageError(f"--temperature={TEMPERATURE.value} is not finite in float32; 0 takes the likeliest token")
     run = load_run(WORKDIR.value, STEP.value)
     tokenizer = run.cache.tokenizer()

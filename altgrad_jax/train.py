@@ -23,7 +23,7 @@ from altgrad_jax import checkpoint, experiment, provenance
 from altgrad_jax.config import check_devices
 from altgrad_jax.console import ConsoleSink, make_console, print_header, print_lines
 from altgrad_jax.data.corpus import open_corpus, refuse_another_meaning
-from altgrad_jax.diagnostics import attribution
+from altgrad_jax.diagnostics import attribution, wording
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.hosts import agree
@@ -329,7 +329,7 @@ class Loop:
         """Says which thresholds of failure this record is the first to cross."""
         self._answered.append(record)
         if new := self._failures.add(record):
-            self._emit(event(record["step"], "warning", attribution.describe(new)))
+            self._emit(event(record["step"], "warning", wording.describe(new)))
 
     def _watched(self) -> attribution.Watch:
         return attribution.Watch(attribution.training_of(self.exp.config.optimizer), self._answered)
@@ -436,7 +436,7 @@ def _print_end(console: Console, workdir: Workdir, loop: Loop, status: str) -> N
     minutes, seconds = divmod(int(loop.seconds), 60)
     training = attribution.training_of(loop.exp.config.optimizer)
     failures = attribution.first_failures(read_metrics(workdir.metrics), training)
-    for line in attribution.table(failures) if failures or status != "diverged" else ():
+    for line in wording.table(failures) if failures or status != "diverged" else ():
         console.print(line, highlight=False, soft_wrap=True)
     saved = checkpoint.committed_steps(workdir.checkpoints)
     console.print(

@@ -19,10 +19,10 @@ def test_a_description_has_header_layers_and_memory_and_leaves_nothing(lab, tmp_
     done, several = lab.run_forks(cases)
     assert done.code == 0 and not done.err, done
     for part in (
-        f"work directory  {tmp_path}/new",
+        f"{tmp_path}/new",
         "still in its warm-up when the run ends: 3 of 5 steps",
         "lm_head 32x257: ",
-        "memory of a device: state 0.3 MB (parameters 0.1 MB, optimizer 0.2 MB)",
+        "memory of a device: state 0.26 MB (parameters 0.0865 MB, optimizer 0.173 MB)",
         "MB of temporary arrays",
         "0 to 3, 8 windows each, from new weights from seed 42",
     ):

@@ -17,7 +17,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "altgrad_jax"
 # From the bottom up: a module or package imports only what is in lines above its own (or itself). A new module is put
 # into the lowest line that serves it.
 LAYERS = (
-    ("__init__", "errors", "interrupt", "meter", "ranking", "relay", "scripts", "streams", "config_keys"),
+    (
+        "__init__",
+        "errors",
+        "interrupt",
+        "meter",
+        "ranking",
+        "relay",
+        "scripts",
+        "streams",
+        "config_keys",
+        "differences",
+    ),
     ("allocator",),
     ("precision", "recomputation", "files", "multilabel", "text_rules", "versions"),
     ("loss_scale",),

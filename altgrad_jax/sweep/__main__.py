@@ -121,8 +121,12 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
         if not run_all(chosen, workdir, shard=shard, stop=stop, **given):
             return _interrupted(console, stop)
     shutil.rmtree(compiled, ignore_errors=True)
+    for line in progress.table():
+        console.print(line, soft_wrap=True)
+    report = shlex.join(["python", "-m", "altgrad_jax.report", str(workdir), f"--out={workdir}/report.html"])
     counts = progress.statuses()
     console.print(f"ended: {', '.join(f'{n} {status}' for status, n in counts.items())}; in {workdir}", soft_wrap=True)
+    console.print(f"to compare them: {report}", soft_wrap=True)
     _refuse_gaps(progress)
     return 1 if counts.get("failed") else 0
 

@@ -20,7 +20,7 @@ from altgrad_jax import experiment, provenance
 from altgrad_jax.checkpoint import Checkpoints
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.diagnose import name_answers, name_update
-from altgrad_jax.diagnostics import attribution
+from altgrad_jax.diagnostics import attribution, wording
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.interrupt import GracefulStop
@@ -260,7 +260,7 @@ class _Group:
     def _warn(self, place: _Place, record: Record) -> None:
         """Notes which thresholds of failure this record is the first to cross."""
         if (new := place.failures.add(record)) and place.sink is not None:
-            place.sink.log(event(record["step"], "warning", attribution.describe(new)))
+            place.sink.log(event(record["step"], "warning", wording.describe(new)))
 
     def _save(self) -> None:
         """Saves all lanes."""

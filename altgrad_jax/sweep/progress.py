@@ -1,5 +1,6 @@
 """How far a sweep has come, in lines: what runs now, what has ended, and how long the rest will take."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,18 @@ class Progress:
         left, new = sum(self._steps.values()) - done, done - self._before
         eta = f"  eta {clock((time.monotonic() - self._began) / new * left)}" if new > 0 and left > 0 else ""
         self._console.print(f"[{len(self._ended)}/{len(self._steps)}{eta}]  {text}", soft_wrap=True)
+
+    def table(self) -> list[str]:
+        """A row for each condition that has ended, by its last validation loss, the lowest first."""
+        rows = []
+        for name, status in self._ended.items():
+            loss = (read_summary(self._folder / name) or {}).get("final", {}).get("val/loss")
+            rows.append((loss if isinstance(loss, float) else math.inf, name, status))
+        width = max(map(len, self._ended), default=0)
+        cells = [
+            (f"{loss:8.4f}" if loss < math.inf else f"{'-':>8}", name, status) for loss, name, status in sorted(rows)
+        ]
+        return ["val loss  condition", *(f"{loss}  {name:{width}}  {status}" for loss, name, status in cells)]
 
     def statuses(self) -> dict[str, int]:
         """How many conditions have ended in each way."""

@@ -12,9 +12,9 @@ from altgrad_jax.diagnostics.attribution import (
     Watch,
     as_json,
     first_failures,
-    table,
     training_of,
 )
+from altgrad_jax.diagnostics.wording import KINDS, describe, table
 
 NAN, INF = math.nan, math.inf
 
@@ -37,8 +37,8 @@ def cases(records, training=ON_GRID, **thresholds) -> list[tuple]:
         ("grads/blocks.0.norm_1.scale/cosine", 0.9, 0.89, ("blocks.0.norm_1.scale", "gradient", "gradient")),
         ("weights/wte/stall", 0.95, 0.96, ("wte", "update", "stall")),
         ("weights/wte/relative_update", 0.3, INF, ("wte", "update", "blow-up")),
-        ("spectra/blocks.0.mlp.up/effective_rank", 10.0, 7.0, ("blocks.0.mlp.up", "weight", "rank")),
-        ("spectra/blocks.0.mlp.proj/effective_rank", 10.0, 8.5, ("blocks.0.mlp.proj", "weight", "rank")),
+        ("spectra/blocks.0.mlp.up/effective_rank", 10.0, 5.0, ("blocks.0.mlp.up", "weight", "rank")),
+        ("spectra/blocks.0.mlp.proj/effective_rank", 10.0, 4.9, ("blocks.0.mlp.proj", "weight", "rank")),
         ("spectra/wte/effective_rank", 10.0, 0.0, ("wte", "weight", "rank")),
         ("train/loss", 1e30, NAN, ("", "", "loss")),
         ("val/loss", 9.0, INF, ("", "", "loss")),
@@ -73,7 +73,7 @@ def test_values_that_are_no_failures():
                 "train/grad_norm": INF,
             },
             {"step": 1, "spectra/lm_head/effective_rank": 10.0, "spectra/blocks.0.mlp.up/effective_rank": 10.0},
-            {"step": 2, "spectra/lm_head/effective_rank": 8.6, "spectra/blocks.0.mlp.up/effective_rank": 7.1},
+            {"step": 2, "spectra/lm_head/effective_rank": 5.1, "spectra/blocks.0.mlp.up/effective_rank": 7.1},
         ]
     )
 
@@ -84,10 +84,10 @@ def test_a_rank_is_compared_with_its_own_first_record():
         {"step": 0, f"{key}/stable_rank": NAN},
         {"step": 1, f"{key}/stable_rank": 10.0, f"{key}/effective_rank": 100.0},
         {"step": 2, f"{key}/stable_rank": 20.0, f"{key}/effective_rank": 71.0},
-        {"step": 3, f"{key}/stable_rank": 12.0, f"{key}/effective_rank": 60.0},
+        {"step": 3, f"{key}/stable_rank": 12.0, f"{key}/effective_rank": 49.0},
     ]
     [failure] = first_failures(list(reversed(records)))
-    assert failure == Failure("blocks.0.mlp.up", "weight", "rank", 3, pytest.approx(0.4), 0.3)
+    assert failure == Failure("blocks.0.mlp.up", "weight", "rank", 3, pytest.approx(0.51), 0.5)
 
 
 def test_a_cosine_that_is_nan():
@@ -168,15 +168,19 @@ def test_table_and_json():
         [
             {"step": 5, "quant/blocks.0.mlp.down/gradient/sum_lost": 0.31},
             {"step": 120, "grads/lm_head/cosine": 0.5, "spectra/wte/effective_rank": 4.0, "train/loss": NAN},
-            {"step": 121, "spectra/wte/effective_rank": 3.0},
+            {"step": 121, "spectra/wte/effective_rank": 1.0},
         ]
     )
     assert table(failures) == [
-        "step  layer              role      kind       value  threshold",
-        "   5  blocks.0.mlp.down  gradient  underflow   0.31  > 0.1",
+        "step  layer              role      kind       value  limit",
+        "   5  blocks.0.mlp.down  gradient  underflow   31 %  > 10 %",
         " 120  -                  -         loss         nan  not finite",
         " 120  lm_head            gradient  gradient     0.5  < 0.9",
-        " 121  wte                weight    rank        0.25  >= 0.15",
+        " 121  wte                weight    rank        75 %  >= 50 %",
+        *(
+            f"{kind}: {KINDS[kind].measured}; try {KINDS[kind].advice}"
+            for kind in ("underflow", "loss", "gradient", "rank")
+        ),
     ]
     assert table([]) == ["no diagnostic crossed its threshold"]
     first, loss, *_ = json.loads(json.dumps(as_json(failures), allow_nan=False))
@@ -190,6 +194,32 @@ def test_table_and_json():
     }
     assert (loss["value"], loss["threshold"]) == ("NaN", "Infinity")
     assert first_failures([]) == [] == as_json([])
+
+
+def test_a_warning_has_units_limits_and_advice():
+    told = describe(
+        [
+            Failure("lm_head", "gradient", "overflow", 3, 0.0321, 0.01),
+            *(Failure(f"blocks.{i}.mlp.up", "update", "blow-up", 3, 0.5, 0.3) for i in range(5)),
+            Failure("", "", "loss", 3, NAN, INF),
+        ]
+    )
+    assert "overflow, values cut off at the largest > 1 %: lm_head gradient 3.21 %; try scaling=current" in told
+    assert "blow-up, length of the update over the weight's > 0.3: blocks.0.mlp.up update 0.5," in told
+    assert "and 2 more; try a lower learning rate" in told
+    assert "loss, loss that is not finite: nan; try" in told
+
+
+def test_the_ranks_of_a_healthy_run_are_no_failure():
+    """Of the quick BF16 run, seed 42, at steps 1, 41, 101 and 281; then of one whose table collapsed (e0m7)."""
+    healthy = {"wte": (126.0, 103.5, 93.0, 93.4), "blocks.3.attn.proj": (102.4, 94.2, 77.3, 75.3)}
+    records = [
+        {"step": step} | {f"spectra/{layer}/effective_rank": ranks[i] for layer, ranks in healthy.items()}
+        for i, step in enumerate((1, 41, 101, 281))
+    ]
+    assert cases(records) == []
+    collapsed = [{"step": s, "spectra/wte/effective_rank": r} for s, r in ((1, 126.0), (61, 76.5), (101, 50.6))]
+    assert cases(collapsed) == [(101, "wte", "weight", "rank")]
 
 
 def test_a_stall_is_a_failure_where_an_update_is_lost():
