@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_line_without_end(tmp_path, monkeypatch):
     path = _write(tmp_path / "x.jsonl.gz", b'{"a": "' + b"x" * 990 + b'"}\n' + b" " * 1001)
     with pytest.raises(UserError, match="line 2 is longer than 1,000 bytes"):
         list(read_json_lines(path))
+
+
+def test_a_long_line_costs_little_memory(tmp_path):
+    path = _write(tmp_path / "x.jsonl.gz", b'{"text": "' + b"x" * (50 << 20) + b'"}\n')
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="line 1 is longer than 16,777,216 bytes"):
+            list(read_json_lines(path))
+        assert tracemalloc.get_traced_memory()[1] < 48 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.data())
