@@ -52,7 +52,7 @@ def mistakes(tmp_path) -> dict[str, dict[str, str]]:
         },
         "audit": {"--config=matrix:scaling": "altgrad_jax.sweep runs", part: "config.checkpoint.every and"},
         "sweep": {"--config=e5m2:quick": "altgrad_jax.main runs", part: "altgrad_jax.main runs"},
-        "data": {f"--flagfile={tmp_path}/nowhere": "no command"},
+        "data": {f"--flagfile={tmp_path}/nowhere": "--flagfile: "},
         "formats": {f"--flagfile={tmp_path}/nowhere": "--flagfile: "},
     }
 
@@ -65,7 +65,7 @@ def test_every_command_has_help_and_tells_mistakes_in_a_line(tmp_path, module):
     assert (text.code, text.err, short) == (0, "", text)
     assert "Options:\n" in text.out and "--flagfile=FILE" in text.out
     assert max(map(len, text.out.splitlines())) <= 120
-    takes_a_config = module in ("main", "audit", "sweep")
+    takes_a_config = module in ("main", "audit", "sweep", "data")
     for part in ("  --config=", "--config.SECTION.NAME=VALUE", "\n  e5m2_cast ", "NAME[:VARIANT]"):
         assert (part in text.out) == takes_a_config, part
     assert ("\n  --config.optimizer.grad_clip=1.0\n" in full.out) == takes_a_config

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from altgrad_jax import cli
-from altgrad_jax.config import validate
+from altgrad_jax.config import check_is_experiment, check_is_matrix, validate
 from altgrad_jax.data.batches import TrainBatches
 from altgrad_jax.data.cache import TokenCache, open_cache
 from altgrad_jax.data.corpus import (
@@ -100,7 +100,12 @@ def _settings() -> ConfigDict:
     if given := [flag.name for flag in (NAME, PATH, DATA_DIR, TOKENIZER, VOCAB_SIZE) if flag.present]:
         beside, settings = (", ".join(f"{prefix}{name}" for name in given) for prefix in ("--", "--config.data."))
         raise UsageError(f"{beside} beside --config, which says what to prepare: use {settings}")
-    config = CONFIG.value.base if "base" in CONFIG.value else CONFIG.value
+    config = CONFIG.value
+    if "base" in config:
+        check_is_matrix(config)
+        config = config.base
+    else:
+        check_is_experiment(config)
     validate(config)
     return config
 

@@ -223,6 +223,7 @@ def test_bpe_and_gpt2_encode_as_the_reference(text):
 
 
 @given(text=TEXTS | st.text("Article shal12'.é \n\u3000", max_size=60))
+@example(text="ab.\n\n\n\n\nb")
 @example(text="a  b\n\nc d. e' s isn't  \n")
 @settings(deadline=None)
 def test_long_texts_are_cut_where_no_token_lies_across(text):
