@@ -22,7 +22,7 @@ from altgrad_jax.errors import UsageError, UserError
 Record = dict[str, Any]
 WANDB_MODES = ("disabled", "offline", "online")  # from the quietest
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-CODES = "/codes"  # what quantised layers' bitmaps of codes end with, the one text among measurements
+TEXTS = ("/codes", "/stiffness")  # what the names of histograms end with, the texts among measurements
 
 
 class Sink(Protocol):
@@ -83,7 +83,7 @@ def parse_record(line: bytes) -> Record:
         raise ValueError(f"no record of a step: {record['step']}")
     restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
     for key, value in restored.items():
-        is_text = key.startswith("event") or (key.endswith(CODES) and isinstance(value, str))
+        is_text = key.startswith("event") or (key.endswith(TEXTS) and isinstance(value, str))
         if not (is_number(value) or isinstance(value, bool) or is_text):
             raise ValueError(f"{key} is no number")
     return restored

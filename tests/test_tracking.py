@@ -27,7 +27,7 @@ RECORDS = [
     {"step": 1, "train/loss": 2.0000000000000004, "train/nonfinite_steps": 0},
     {"step": 2, "train/loss": math.nan, "train/grad_norm": math.inf},
     {"step": 3, "train/loss": -math.inf, "val/loss": 1e-300},
-    {"step": 4, "train/loss": 0.1, "quant/lm_head/gradient/codes": "7ff7ffe2"},
+    {"step": 4, "train/loss": 0.1, "quant/lm_head/gradient/codes": "7ff7ffe2", "weights/wte/stiffness": "1,99"},
 ]
 
 
