@@ -1,6 +1,11 @@
 # shellcheck shell=bash
 # What setup.sh, run.sh and fetch.sh share. To be sourced, in the root of the repository.
 
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then # it was run, not sourced
+  echo "common.sh is what setup.sh, run.sh and fetch.sh share; each of them has --help"
+  exit 0
+fi
+
 fail() {
   echo "error: $*" >&2
   exit 1

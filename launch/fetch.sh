@@ -7,6 +7,7 @@
 #
 # BOX_DIR=... names the repository's folder on the machine. Nothing is deleted at either end.
 set -euo pipefail
+[[ " $* " != *" --help "* ]] || { sed -n '2,${/^#[^ ]/q;/^#/!q;s/^# \{0,1\}//p}' "$0" && exit 0; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 

@@ -9,6 +9,7 @@
 # Ctrl-C ends the looking on, not the run; that ends, with a checkpoint, by: kill $(cat runs/NAME.pid)
 # XLA_MODES="deterministic triton" and CHIP=h100: see xla_flags.sh. BOX_DIR=...: see setup.sh.
 set -euo pipefail
+[[ " $* " != *" --help "* ]] || { sed -n '2,${/^#[^ ]/q;/^#/!q;s/^# \{0,1\}//p}' "$0" && exit 0; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 
@@ -34,7 +35,7 @@ for argument in "$@"; do
 done
 [[ -n $config ]] || usage_error "--config=FILE is missing, e.g. launch/run.sh --config=configs/hybrid.py"
 file=${config%%:*}
-[[ -f $file ]] || usage_error "--config: there is no file $file in $PWD"
+[[ -f $file || -f configs/$file.py ]] || usage_error "--config: there is no file $file in $PWD"
 if [[ -z $workdir ]]; then # configs/format.py:e3m4,quick -> runs/format-e3m4-quick
   workdir=runs/$(basename "$file" .py)${config#"$file"}
   workdir=${workdir//[:,]/-}

@@ -7,6 +7,7 @@
 # --eurlex also prepares EUR-Lex for the full-size configs; without it run.sh does, before it trains.
 # PYTHON=... names the interpreter to make .venv of, BOX_DIR=... the folder on the machine. May be run again.
 set -euo pipefail
+[[ " $* " != *" --help "* ]] || { sed -n '2,${/^#[^ ]/q;/^#/!q;s/^# \{0,1\}//p}' "$0" && exit 0; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 

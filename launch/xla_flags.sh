@@ -56,4 +56,8 @@ _altgrad_xla_flags() {
   fi
 }
 
-_altgrad_xla_flags "$@"
+if [[ ${1:-} == --help ]]; then
+  sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+else
+  _altgrad_xla_flags "$@"
+fi

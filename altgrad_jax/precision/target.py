@@ -82,7 +82,7 @@ def absent_gpu(name: str) -> jax.Device:
         reason = (str(e).splitlines() or [type(e).__name__])[0]  # JAX's assertions may say nothing
         raise RuntimeError(
             f"cannot compile for {name}: XLA's compiler for GPUs is not here ({reason});"
-            ' pip install -e ".[gpu-compiler]" (Linux)'
+            ' pip install -e ".[gpu-compiler]" -c constraints.txt (Linux)'
         ) from e
     return found.devices[0]
 

@@ -17,14 +17,33 @@ SOURCED = {"common.sh", "xla_flags.sh"}
 
 
 def shellcheck(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [str(Path(sys.executable).with_name("shellcheck")), "--external-sources", *arguments]
+    command = [str(Path(sys.executable).with_name("shellcheck")), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
 def test_shellcheck_has_nothing_to_say():
-    done = shellcheck(*(str(path.relative_to(ROOT)) for path in SCRIPTS))
+    others = [ROOT / "benchmarks" / "gpu.sh", ROOT / ".ci" / "run"]
+    done = shellcheck(*(str(path.relative_to(ROOT)) for path in [*SCRIPTS, *others]))
     assert (done.returncode, done.stdout) == (0, "")
     assert shellcheck("-", input="#!/bin/bash\nrm $1/*\n").returncode == 1, "it would speak up"
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "benchmarks" / "gpu.sh"], ids=lambda path: path.name)
+def test_every_script_has_help(path, tmp_path):
+    """From any folder, and nothing else is done."""
+    command = ["bash", str(path), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
+    assert path.name in done.stdout and "#SBATCH" not in done.stdout and not done.stdout.startswith("#")
+    assert done.stdout.count("\n") > 2 or path.name == "common.sh"
+
+
+def test_every_benchmark_reads_its_arguments():
+    """So that each has --help."""
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        text = path.read_text()
+        reads = any(way in text for way in ("ArgumentParser(", "parse_arguments(", "cli.run(main)", "make_parser("))
+        assert reads or path.name == "common.py" or '\nif __name__ == "__main__"' not in text, path
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
