@@ -10,6 +10,11 @@ the one that --engine names; on a GPU XLA chooses by timing. Exit status: 0 what
 FP8, 1 some of it is not, 2 usage error, 3 that cannot be told: the step could not be compiled, or not be read.
 """
 
+from altgrad_jax.interrupt import watch
+
+if __name__ == "__main__":
+    watch()  # before imports that take seconds
+
 import json
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """What every command line shares: absl flags, one clear line for a user's mistake, exit codes.
 
-Exit status: 0 done, 1 failed, 2 usage error (flags, configuration, or a path in them that is not there), 130 / 143
-interrupted by Ctrl-C / SIGTERM, 141 what read the output has ended.
+Exit status: 0 done, 1 failed, 2 usage error (flags, configuration, or a path in them that is not there), 129 / 130 /
+138 / 143 interrupted by SIGHUP / Ctrl-C / SIGUSR1 / SIGTERM, 141 what read the output has ended (no run ends for that).
 """
 
 import difflib

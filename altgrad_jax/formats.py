@@ -7,6 +7,11 @@
 docs/formats.md says what the names mean, and how to write a format that has none.
 """
 
+from altgrad_jax.interrupt import watch
+
+if __name__ == "__main__":
+    watch()  # before imports that take seconds
+
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, groupby

@@ -42,6 +42,12 @@ _ABSENT = object()
 _joined: "Hosts | None" = None
 
 
+class LostHostError(UserError):
+    """Another host is absent or gone: no fault of this run, and starting all of them again may well do."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h; a launcher that gives up at 1 starts this one again
+
+
 @contextmanager
 def together(config: ConfigDict, workdir: str) -> Iterator[None]:
     """Joins the other hosts, if there are any, and ends with them; enter it before JAX touches a device.
@@ -50,7 +56,7 @@ def together(config: ConfigDict, workdir: str) -> Iterator[None]:
 
     Raises:
       UsageError: the hosts do not run the same.
-      UserError: not all of them joined.
+      LostHostError: not all of them joined.
     """
     global _joined
     parallel = config.parallel
@@ -133,7 +139,7 @@ class Hosts:
 
         Raises:
           UsageError: they differ.
-          UserError: not all hosts came in time.
+          LostHostError: not all hosts came in time.
         """
         deadline = time.monotonic() + self._timeout
         if self._host == 0:
@@ -160,7 +166,7 @@ class Hosts:
         try:
             return relay.connect(self._address, deadline)
         except OSError as e:
-            raise UserError(
+            raise LostHostError(
                 f"host {self._host} of {self._hosts} could not reach host 0 at {self._coordinator} within"
                 f" {self._timeout:g} s ({e.strerror or e}); config.parallel.timeout is how long it tries"
             ) from e
@@ -216,7 +222,8 @@ class Hosts:
         except (OSError, ValueError) as e:
             why = f"its connection broke: {e}"
         if not self._apart:
-            self._end(f"host {host} is gone ({why}); run the same command again on all hosts to go on", 1)
+            line = f"host {host} is gone ({why}); run the same command again on all hosts to go on"
+            self._end(line, LostHostError.exit_code)
 
     def _take(self, host: int, message: dict[str, Any]) -> None:
         if "over" in message:
@@ -259,7 +266,7 @@ class Hosts:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._changed.wait_for(lambda: stage in self._all, wait):
                 absent = [str(i) for i in range(self._hosts) if i not in self._said.get(stage, {})]
-                raise UserError(
+                raise LostHostError(
                     f"host {' and '.join(absent)} of {self._hosts} did not join at {self._coordinator} within"
                     f" {self._timeout:g} s (config.parallel.timeout)"
                 )

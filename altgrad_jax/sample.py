@@ -6,6 +6,11 @@ Temperature 0 takes the likeliest token every time. The prompt's last block_size
 are learned, so prompt and text together cannot be longer than the block.
 """
 
+from altgrad_jax.interrupt import watch
+
+if __name__ == "__main__":
+    watch()  # before imports that take seconds
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -113,7 +113,7 @@ def test_a_host_that_is_alone_says_so_in_time(lab: Lab, tmp_path: Path, host: in
     began = time.monotonic()
     done = ended(lab.start(tmp_path / "run", alone | {"parallel.timeout": 2}))
     assert time.monotonic() - began < 40, "two seconds, and what starting takes"
-    assert done.code == 1 and done.err.count("\n") == 1 and told in done.err and "within 2 s" in done.err, done
+    assert done.code == 75 and done.err.count("\n") == 1 and told in done.err and "within 2 s" in done.err, done
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_host_that_is_killed_takes_the_other_with_it(lab: Lab, tmp_path: Path)
     wait_for_step(hosts[0], tmp_path / "run", 3)
     os.kill(hosts[0].pid, signal.SIGKILL)
     left = ended(hosts[1], timeout=40)
-    assert left.code == 1, left
+    assert left.code == 75, left
     assert left.err == (
         "error: host 0 is gone (its connection closed); run the same command again on all hosts to go on\n"
     )

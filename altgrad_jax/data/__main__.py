@@ -11,6 +11,11 @@ it, the same files are read from DIR. Corpus, tokenizer and vocabulary are those
 --tokenizer and --vocab_size, whose defaults are those of configs/base.py.
 """
 
+from altgrad_jax.interrupt import watch
+
+if __name__ == "__main__":
+    watch()  # before imports that take seconds
+
 import sys
 from pathlib import Path
 

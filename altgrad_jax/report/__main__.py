@@ -12,6 +12,11 @@ With --out a page is written that needs no network, with the same numbers in a .
 against bf16 with AdamW (or --baseline), over its seeds; see docs/report.md.
 """
 
+from altgrad_jax.interrupt import watch
+
+if __name__ == "__main__":
+    watch()  # before imports that take seconds
+
 import math
 import shlex
 import sys

@@ -4,7 +4,8 @@
 
 Running the same command again goes on: conditions that have ended are not repeated, groups that were running go on
 from their checkpoints. A condition that diverges or fails is a result. Exit status: 0 all conditions have ended, 1
-some failed, 2 usage error, 130 / 143 interrupted. `python -m altgrad_jax.report WORKDIR --out=report.html` shows the
+some failed or have no result, 2 usage error, 129 / 130 / 138 / 143 stopped by SIGHUP / Ctrl-C / SIGUSR1 / SIGTERM: by
+the first with a checkpoint, by a second without. `python -m altgrad_jax.report WORKDIR --out=report.html` shows the
 results.
 """
 

@@ -92,7 +92,7 @@ def test_what_the_pods_start(desk: Desk):
         "python -m altgrad_jax.main --config=configs/hybrid.py --workdir=/altgrad/runs/hybrid"
         " --config.data.data_dir=/altgrad/data --config.runtime.compilation_cache=/altgrad/runs/.compiled"
         " --config.parallel.coordinator=altgrad-host-0-0.altgrad:12345 --config.parallel.hosts=2"
-        " --config.parallel.host=1",
+        " --config.parallel.host=1 --config.parallel.timeout=300",
         "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true",
     ]
 
