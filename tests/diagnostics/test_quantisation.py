@@ -166,7 +166,7 @@ def test_a_run_asks_at_its_steps_only(run):
     assert all("train/loss" in records[step] for step in (1, 3, 5))
     names = {key for key in records[3] if key.startswith("quant/")}
     assert {f"quant/{layer}/{role}/{what}" for layer in LAYERS for role in ROLES for what in (*WHATS, "codes")} < names
-    assert len(names) == len(LAYERS) * 3 * 10 + 3 * 7
+    assert len(names) == len(LAYERS) * 3 * 11 + 3 * 8
     assert {key for key in records[1] if key.startswith("quant/")} == names
 
 

@@ -1,8 +1,10 @@
 """The page as text: its numbers are the CSV's, nothing from files is markup, and it builds whatever the runs lack."""
 
 import csv
+import errno
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from altgrad_jax.errors import UsageError, UserError
 from altgrad_jax.report import export
+from altgrad_jax.report.compare import compare, decisions, notes
 from altgrad_jax.report.page import embedded
 from altgrad_jax.report.runs import read_runs
 from altgrad_jax.report.study import make_study
@@ -232,7 +235,7 @@ def test_the_command(tmp_path):
 
 def test_without_altair_the_error_names_the_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install 'altair>=5.4' 'vl-convert-python>=1.6'"):
+    with pytest.raises(UserError, match=r"""pip install "altgrad_jax\[report\]".*pip install 'altair>=5.4'"""):
         export.check_out(str(tmp_path / "report.html"))
     with pytest.raises(UsageError):
         export.check_out(str(tmp_path / "report.txt"))
@@ -246,3 +249,55 @@ def test_the_terminal_does_without_altair():
     program = "import sys, altgrad_jax.report.__main__; print({'altair', 'vl_convert', 'jinja2'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == "set()\n", run.stderr
+
+
+BIDI = "a\u202eb\u2066c\u200fd"
+
+
+def test_no_text_moves_the_cursor_or_runs_as_a_formula(tmp_path):
+    """From names of folders, manifests, metrics and matrices: in no file and in no line at the terminal."""
+    folder = tmp_path / "m"
+    odd = f"=cmd|'/C calc'!A0\x1b[2J\x9b31m{BIDI}\r\t"
+    for seed in (1, 2):
+        made = make_run(folder / f"@SUM\x1b{BIDI}{seed}", recipe="e4m3fn", seed=seed, layers=(f"-2+3{odd}", "lm_head"))
+        condition = {"recipe": f"+1{odd}", "optimizer": odd, "seed": seed, "layers": "\t=1"}
+        manifest = json.loads((made / "manifest.json").read_text())
+        manifest |= {"condition": condition, "sessions": [{"command": ["=1", odd], "started": f"-{odd}"}]}
+        (made / "manifest.json").write_text(json.dumps(manifest))
+        (made / "summary.json").write_text(json.dumps({"status": "failed", "reason": odd}))
+        make_run(folder / f"plain{seed}", seed=seed)
+    (folder / "matrix.json").write_text(json.dumps({"name": odd, "question": odd, "conditions": [{"name": odd}]}))
+    page = tmp_path / "report.html"
+    _, text = report(folder, page)
+    csv_cells(page)  # none begins as a formula does
+    texts = [text.replace(export_vega(), "")]
+    texts += [page.with_suffix(kind).read_text() for kind in (".csv", ".md")]
+    study = make_study(read_runs([str(folder)]), [folder], page, first=True)
+    texts += ["\n".join([*decisions(study), *notes(compare(study)), *(row.run.name for row in compare(study))])]
+    for one in texts:
+        assert not [c for c in one if not c.isprintable() and c != "\n"], "an unseen character"
+    assert not re.search(r"\\u(202e|2066|200f|001b)", texts[0]), "in the charts' data"
+
+
+def export_vega() -> str:
+    from altgrad_jax.report.page import _vega
+
+    return _vega()
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    """A full disk in the middle of the page: what was there is whole, and nothing half lies about."""
+    page = tmp_path / "report.html"
+    make_run(tmp_path / "m" / "a")
+    report(tmp_path / "m", page)
+    before = page.read_bytes()
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        report(tmp_path / "m", page)
+    monkeypatch.setattr(os, "fsync", real)
+    assert page.read_bytes() == before and len(list(tmp_path.glob(".*"))) == 0

@@ -12,7 +12,7 @@ from altgrad_jax.report.conditions import condition_of, optimizer_name
 from altgrad_jax.report.curves import arrives_early, seconds_at, tokens_to_reach, training_series, validation_series
 from altgrad_jax.report.facts import command as command_of
 from altgrad_jax.report.facts import search_table
-from altgrad_jax.report.failures import heat_maps, sweet_spots
+from altgrad_jax.report.failures import first_failure_table, heat_maps, sweet_spots
 from altgrad_jax.report.results import (
     equal_loss_table,
     format_table,
@@ -328,3 +328,47 @@ def test_nothing_to_compare(tmp_path):
     study = study_of(tmp_path)
     assert study.baseline is None or not study.baseline.final_losses
     assert len(answer(study)) == 3
+
+
+def test_names_of_one_arithmetic_are_one_row(tmp_path):
+    """Other special codes are nothing under saturation; and a binade that no value reaches changes no loss."""
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", seed=seed)
+        make_run(tmp_path / f"b{seed}", falling(3.1), "e4m3fn", seed=seed)
+        make_run(tmp_path / f"c{seed}", falling(3.1), "e3m4", seed=seed)
+        make_run(tmp_path / f"d{seed}", falling(3.1), "e3m4:inf=0,nan=0", seed=seed)
+        make_run(tmp_path / f"e{seed}", falling(3.1), "e2m5", seed=seed)
+    make_run(tmp_path / "f", falling(3.2), "e4m3:inf=0,nan=top", seed=3)
+    study = study_of(tmp_path)
+    assert [group.curve for group in study.groups] == ["bf16", "e4m3fn", "e3m4", "e2m5"]
+    assert len(study.groups[1].entries) == 3, "a seed under another name is a seed"
+    assert study.groups[2].also == ("e3m4:inf=0,nan=0",) and [e.run.name for e, _ in study.again] == ["d1", "d2"]
+    spelt, coincided = study.merged
+    assert "e4m3:inf=0,nan=top: the same arithmetic as e4m3fn" in spelt and "e3m4:inf=0,nan=0 is e3m4 here" in coincided
+    with pytest.raises(UsageError):
+        study_of(tmp_path, "e3m4:bias=5")
+    assert study_of(tmp_path, "e3m4:inf=0,nan=0").baseline.curve == "e3m4"
+
+
+def test_formats_that_end_elsewhere_are_two_where_that_mattered(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", falling(3.1), "e3m4", seed=seed)
+        make_run(tmp_path / f"b{seed}", falling(3.1 + 1e-12 * seed), "e3m4:inf=0,nan=0", seed=seed)
+        make_run(tmp_path / f"c{seed}", falling(3.1), "e3m4 overflow=special", seed=seed)
+    assert len(study_of(tmp_path).groups) == 3
+
+
+def test_the_answer_agrees_with_the_table_on_what_failed(tmp_path):
+    """Rank is named where it is left out, and never the first of a run in which something else crossed."""
+    for name, cosine in (("a", 0.99), ("b", 0.5)):
+        made = make_run(tmp_path / name, recipe="e5m2" if name == "b" else "bf16", cosine=cosine)
+        with (made / "metrics.jsonl").open("a") as file:
+            for step, rank in ((0, 10.0), (1, 1.0)):
+                file.write(json.dumps({"step": step, "spectra/lm_head/effective_rank": rank}) + "\n")
+    study = study_of(tmp_path)
+    said = answer(study)[2]
+    assert (
+        "in 1 of the 1 runs of 2 in which a threshold was crossed" in said and "is left out here (2 of 2 runs)" in said
+    )
+    rows = {row.name: [cell.text for cell in row.cells] for row in first_failure_table(study).rows}
+    assert rows["e5m2, adamw"][3] == "gradient" and rows["bf16, adamw"][3] == "rank"
