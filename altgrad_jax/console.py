@@ -61,18 +61,17 @@ def print_lines(console: RichConsole, lines: Iterable[str]) -> None:
 class ConsoleSink:
     """Shows records: a progress bar with loss, speed and time left on a terminal, plain lines elsewhere."""
 
-    def __init__(self, console: RichConsole, first_step: int, total_steps: int, earlier: Iterable[dict[str, Any]] = ()):
+    def __init__(self, console: RichConsole, first_step: int, total_steps: int, best: float = math.nan):
         """Starts the display at `first_step` of `total_steps`.
 
-        `earlier` is what earlier sessions logged up to there: an evaluation is the best only if it beats theirs, and
-        if a step has been taken.
+        `best` is the lowest loss that earlier sessions evaluated, NaN for none: an evaluation is the best only if it
+        beats that, and if a step has been taken.
         """
         self._console, self._first, self._total = console, first_step, total_steps
         self._last_line = -math.inf
         # What the time left is told by: the first step seen, and when. The steps before it compiled their programs.
         self._since: tuple[int, float] | None = None
-        losses = (record["val/loss"] for record in earlier if "val/loss" in record and not no_step(record))
-        self._best = min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
+        self._best = math.inf if math.isnan(best) else best
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())

@@ -35,6 +35,9 @@ from altgrad_jax.versions import check_versions
 CONFIG = cli.define_config()
 DESCRIBE = flags.DEFINE_boolean("describe", False, "Print header, layers and memory, and stop; nothing is trained.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; default runs/<config.tracking.name>.")
+RESTART = flags.DEFINE_boolean(
+    "restart", False, "Begin anew; what an earlier run left in the work directory is moved to its folder `earlier`."
+)
 
 
 def main() -> int:
@@ -54,7 +57,7 @@ def main() -> int:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.runtime.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with together(config, workdir):
-        return train(config, workdir)
+        return train(config, workdir, restart=RESTART.value)
 
 
 if __name__ == "__main__":

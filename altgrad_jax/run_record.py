@@ -24,8 +24,9 @@ from altgrad_jax.optimizers.factory import OPTIONS, OWN_OPTIONS
 from altgrad_jax.parallel import is_primary
 from altgrad_jax.precision.audit import Audit
 from altgrad_jax.precision.kernels.tiles_used import tiles_used
+from altgrad_jax.records import Record, json_value, read_metrics
 from altgrad_jax.stability import no_step
-from altgrad_jax.tracking import Record, json_value, read_metrics, wandb_mode
+from altgrad_jax.tracking import wandb_mode
 from altgrad_jax.weights import tree_bytes
 from altgrad_jax.workdir import MANIFEST, Workdir
 
@@ -40,6 +41,7 @@ class Progress:
       compile_seconds: time that compiling the training step took in this session.
       parameter_sha256: hash of the final parameters; None unless the run has finished.
       reason: why it has diverged; "" where it has not.
+      best: the lowest validation loss of all sessions; NaN without one.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Progress:
     compile_seconds: float
     parameter_sha256: str | None
     reason: str = ""
+    best: float = math.nan
 
 
 def write_manifest(
@@ -58,6 +61,7 @@ def write_manifest(
     audited: Audit | str,
     command: Sequence[str] | None = None,
     more: Mapping[str, Any] = MappingProxyType({}),
+    run_id: str | None = None,
 ) -> dict[str, Any]:
     """Writes manifest.json and config.json as a session begins, and returns the manifest.
 
@@ -72,6 +76,7 @@ def write_manifest(
       audited: what the compiled step multiplies, and in which types; or why that cannot be told.
       command: that would do the same; this process's own where it is not given.
       more: further entries.
+      run_id: of the checkpoint that it goes on from, should there be no earlier manifest.
     """
     before = workdir.read_json("manifest.json")
     if before is not None and before.get("identity") != identity:
@@ -80,7 +85,8 @@ def write_manifest(
         before = workdir.read_json("manifest.json", MANIFEST)
     sessions = before["sessions"] if before else []
     manifest = {
-        "run_id": before["run_id"] if before else secrets.token_hex(4),
+        "run_id": before["run_id"] if before else run_id or secrets.token_hex(4),
+        "checkpointed": step > 0,
         "identity": identity,
         "config": provenance.config_dict(exp.config),
         "resolved": exp.resolved(),
@@ -210,6 +216,7 @@ def _quantised(exp: Experiment) -> str:
 def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Progress) -> None:
     """Writes summary.json: how the run stands. Final values are the last logged of each name."""
     records, training = read_metrics(workdir.metrics), attribution.training_of(exp.config.optimizer)
+    taken = any("train/loss" in r and not no_step(r) for r in records)
     final: Record = {}
     for record in records:
         if "event" not in record:
@@ -221,7 +228,7 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
             **({"reason": progress.reason} if progress.reason else {}),
             "step": progress.step,
             "final": {key: json_value(value) for key, value in final.items()},
-            "best_val_loss": json_value(_best(records)),
+            "best_val_loss": json_value(progress.best if taken else math.nan),
             "events": [{key: json_value(v) for key, v in record.items()} for record in records if "event" in record],
             "failures": attribution.as_json(attribution.first_failures(records, training)),
             "tokens_seen": progress.step * exp.config.train.batch_size * exp.model.block_size,
@@ -231,12 +238,6 @@ def write_summary(workdir: Workdir, exp: Experiment, status: str, progress: Prog
             "parameter_sha256": progress.parameter_sha256,
         },
     )
-
-
-def _best(records: list[Record]) -> float:
-    """The lowest finite validation loss; NaN without one, and where no step was taken."""
-    losses = [r["val/loss"] for r in records if math.isfinite(r.get("val/loss", math.nan))]
-    return min(losses, default=math.nan) if any("train/loss" in r and not no_step(r) for r in records) else math.nan
 
 
 def peak_memory_bytes() -> dict[str, int]:

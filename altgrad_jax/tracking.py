@@ -5,24 +5,22 @@ checkpoint are cut off before the steps are repeated, so the file of a run kille
 never killed. Non-finite values are written as the strings "NaN", "Infinity" and "-Infinity", which keeps it valid JSON.
 """
 
-import json
-import math
+import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 from altgrad_jax import files
 from altgrad_jax.errors import UsageError, UserError
+from altgrad_jax.records import Extent, Record, line_of, parse_record, read_metrics, recover
 
-Record = dict[str, Any]
+__all__ = ["MetricsFile", "Record", "Sink", "Wandb", "read_metrics", "require_login", "wandb_mode"]
 WANDB_MODES = ("disabled", "offline", "online")  # from the quietest
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-TEXTS = ("/codes", "/stiffness")  # what the names of histograms end with, the texts among measurements
 
 
 class Sink(Protocol):
@@ -45,96 +43,64 @@ class Sink(Protocol):
         ...
 
 
-def json_value(value: Any) -> Any:
-    """A value as JSON has it: non-finite floats become their names."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """All records of a metrics file, floats restored; a torn last line (the process was killed) is left out."""
-    records: list[Record] = []
-    lines = (files.read_bytes(path) or b"").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            records.append(parse_record(line))
-        except ValueError as e:
-            if number == len(lines):
-                break
-            raise UserError(f"{path} is damaged in line {number} ({e}); restore it or use a new --workdir") from e
-    return records
-
-
-def parse_record(line: bytes) -> Record:
-    """The record that a line of a metrics file holds: `step`, numbers, and what is said of events.
-
-    Raises:
-      ValueError: it holds none; in one line, why.
-    """
-    record = files.parse_json(line)
-    if wrong := files.misfit(record, {"step": int}) or (
-        record.get("event") == "rewind" and files.misfit(record, {"event/skipped_batches": int})
-    ):
-        raise ValueError(f"no record of a step: {wrong}")
-    if not 0 <= record["step"] < 2**53:
-        raise ValueError(f"no record of a step: {record['step']}")
-    restored = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
-    for key, value in restored.items():
-        is_text = key.startswith("event") or (key.endswith(TEXTS) and isinstance(value, str))
-        if not (is_number(value) or isinstance(value, bool) or is_text):
-            raise ValueError(f"{key} is no number")
-    return restored
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one that a float holds; true and false are none."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
-
-
 AGAIN = "then run the same command again: the checkpoints are whole"
 
 
 class MetricsFile:
-    """Appends records to metrics.jsonl."""
+    """Appends records to metrics.jsonl.
 
-    def __init__(self, path: Path, resume_step: int):
-        """Opens the file for appending, after cutting off what lies past `resume_step`.
+    Attributes:
+      lost: what the file lacked of the records that it should have had when it was opened; "" if nothing.
+    """
+
+    def __init__(self, path: Path, step: int = 0, extent: Extent | None = None, rewinds: Sequence[Record] = ()):
+        """Opens the file for appending, after cutting off what lies past a checkpoint.
+
+        Args:
+          path: the file.
+          step: of the checkpoint; 0 to begin anew.
+          extent: how far the records went when it was saved; None to begin anew.
+          rewinds: those that the run had behind it then, put back where they are missing.
 
         Raises:
-          UserError: the file is damaged or cannot be written.
+          UserError: the file cannot be read or written.
         """
-        self._path = path
-        # A rewind comes after the checkpoint that it goes back to, and is done again by a run resumed from there.
-        kept = [r for r in read_metrics(path) if r["step"] < resume_step + (r.get("event") != "rewind")]
-        self._rewrite(kept if resume_step > 0 else [])
+        self._path, self.lost = path, ""
+        kept = b""
+        if extent is not None:
+            kept, self.lost = recover(files.read_bytes(path) or b"", extent, step, rewinds)
+        self._rewrite(kept)
+
+    @property
+    def extent(self) -> Extent:
+        """How far the records go."""
+        return Extent(self._lines, self._bytes, self._hash.hexdigest())
 
     def rewind(self, step: int) -> None:
         """Cuts off what lies past a step."""
         self._file.close()
-        self._rewrite([record for record in read_metrics(self._path) if record["step"] <= step])
+        lines = (files.read_bytes(self._path) or b"").split(b"\n")
+        self._rewrite(b"".join(line + b"\n" for line in lines if line and parse_record(line)["step"] <= step))
 
-    def _rewrite(self, kept: list[Record]) -> None:
-        """Puts a file with these records in the place of the old one, and opens it for more."""
-        files.write_atomically(self._path, "".join(self._line(record) for record in kept))
+    def _rewrite(self, content: bytes) -> None:
+        """Puts a file with this content in the place of the old one, and opens it for more."""
+        files.write_atomically(self._path, content)
+        self._hash, self._bytes, self._lines = hashlib.sha256(content), len(content), content.count(b"\n")
         try:
-            self._file = open(self._path, "a")  # noqa: SIM115  closed in `close`
+            self._file = open(self._path, "ab")  # noqa: SIM115  closed in `close`
         except OSError as e:
             raise files.unwritable(self._path, e) from e
 
-    @staticmethod
-    def _line(record: Record) -> str:
-        return json.dumps({k: json_value(v) for k, v in record.items()}) + "\n"
-
     def log(self, record: Record) -> None:
         """Writes a line and hands it to the operating system, so that it survives a kill of this process."""
+        line = line_of(record)
         try:
-            self._file.write(self._line(record))
+            self._file.write(line)
             self._file.flush()
         except OSError as e:
             raise self._unwritable(e) from e
+        self._hash.update(line)
+        self._bytes, self._lines = self._bytes + len(line), self._lines + 1
 
     def _unwritable(self, error: OSError) -> UserError:
         return files.unwritable(self._path, error, AGAIN)

@@ -6,20 +6,25 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 """
 
 import logging
+import math
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from altgrad_jax import checkpoint, experiment, provenance
+from altgrad_jax.checkpoint_files import ancestor
 from altgrad_jax.config import check_devices
 from altgrad_jax.console import ConsoleSink, make_console, print_header, print_lines
 from altgrad_jax.data.corpus import open_corpus, refuse_another_meaning
@@ -28,6 +33,7 @@ from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.hosts import agree
 from altgrad_jax.interrupt import GracefulStop, ending_at_once
+from altgrad_jax.kin import refuse_lost, refuse_strangers
 from altgrad_jax.machine import check_device, check_memory, memory_errors
 from altgrad_jax.meter import Meter
 from altgrad_jax.parallel import any_host_stops, is_primary
@@ -35,8 +41,9 @@ from altgrad_jax.precision.kernels.tiles_used import tiles_used
 from altgrad_jax.precision.target import why_no_fp8
 from altgrad_jax.profiling import StepTrace
 from altgrad_jax.program import WHAT_SAVES_MEMORY, compile_audited, make_policy
+from altgrad_jax.records import Extent, lower
 from altgrad_jax.run_record import Progress, header, state_bytes, write_manifest, write_summary
-from altgrad_jax.stability import DivergenceWatch, event, make_fallback, no_step, rewinds, unhealthy
+from altgrad_jax.stability import DivergenceWatch, event, make_fallback, no_step, unhealthy
 from altgrad_jax.state import TrainState, tree_sha256
 from altgrad_jax.task import HEAD
 from altgrad_jax.tracking import MetricsFile, Record, Sink, Wandb, read_metrics, require_login, wandb_mode
@@ -56,6 +63,11 @@ class Start:
       origin: where the state came from, for people.
       skipped_batches: how many batches more than steps lie behind it, passed over by rewinds.
       measured_on: `provenance.measured_on` of the session that saved it; empty where that is not known.
+      run_id: of the run that a checkpoint belongs to.
+      ancestor: of a run that began with another's weights, which they were: see `checkpoint_files.ancestor`.
+      extent: how far the records went when the checkpoint was saved; None at the beginning.
+      best: lowest validation loss up to there, NaN for none.
+      rewinds: events of those that the run had behind it.
     """
 
     state: TrainState
@@ -64,6 +76,11 @@ class Start:
     origin: str
     skipped_batches: int = 0
     measured_on: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
+    ancestor: dict[str, Any] | None = None
+    extent: Extent | None = None
+    best: float = math.nan
+    rewinds: tuple[Record, ...] = ()
 
 
 def train(
@@ -71,11 +88,12 @@ def train(
     workdir_path: str,
     command: Sequence[str] | None = None,
     more: Mapping[str, Any] = MappingProxyType({}),
+    restart: bool = False,
 ) -> int:
     """Trains as `config` says in a work directory, resuming what is there; returns the process's exit status.
 
     0 finished, 1 diverged, 130 / 143 interrupted. The configuration has been validated. A sweep gives the `command`
-    that would do the same, and `more` entries of the manifest.
+    that would do the same, and `more` entries of the manifest. To `restart` is to begin anew where a run has been.
 
     Raises:
       UserError: anything the user can mend; nothing of an earlier session is lost.
@@ -90,16 +108,28 @@ def train(
             require_login(config.tracking)
         workdir = Workdir(workdir_path, lock=primary)
         cleanup.callback(workdir.close)
-        _refuse_ended(workdir)
+        if not restart:
+            _refuse_ended(workdir)
         cache = open_corpus(config)
         refuse_another_meaning(config.data, cache.header, workdir.read_json("manifest.json"), workdir.path)
         exp = experiment.build(config, cache)
         check_memory(state_bytes(exp), len(exp.parallel.devices))
-        checkpoints = checkpoint.Checkpoints(workdir.checkpoints, max_to_keep=config.checkpoint.max_to_keep)
+        if restart:
+            _set_aside(workdir, primary)
+        checkpoints = checkpoint.Checkpoints(
+            workdir.checkpoints,
+            max_to_keep=config.checkpoint.max_to_keep,
+            every=config.checkpoint.every,
+            committed=workdir.note_checkpoint,
+        )
         cleanup.callback(checkpoints.close)
+        if not checkpoints.steps():
+            refuse_lost(workdir)
         run_identity = provenance.identity(config, exp.cache) | exp.policy.identity() | exp.task.identity()
         agree("data", _before_restoring(exp, checkpoints, run_identity))
-        start = _start(exp, checkpoints, run_identity)
+        known, source = workdir.read_json("manifest.json", {"run_id?": str}), config.checkpoint.restore_from
+        with memory_errors(WHAT_SAVES_MEMORY):
+            start = _start(exp, checkpoints, run_identity, check=partial(refuse_strangers, known, source))
         agree("state", _before_training(exp, start))
 
         console = make_console(quiet=not primary)
@@ -118,12 +148,13 @@ def train(
         else:
             found = [audited.headline(why_no_fp8()), tiles_used(audited, exp.policy.tiles).line()]
             print_lines(console, filter(None, found))
-        manifest = write_manifest(workdir, exp, run_identity, start.step, start.origin, audited, command, more)
+        begins = start.step, start.origin, audited, command, {**more, "ancestor": start.ancestor}, start.run_id
+        manifest = write_manifest(workdir, exp, run_identity, *begins)
         sinks = _sinks(workdir, console, config, start, manifest) if primary else []
         trace = StepTrace(workdir.path / "profile" if config.profile else None)
         cleanup.callback(trace.close)
-        earlier = read_metrics(workdir.metrics)
-        loop = Loop(exp, checkpoints, sinks, start, run_identity, earlier, compile_seconds, trace)
+        earlier = read_metrics(workdir.metrics) if primary else []
+        loop = Loop(exp, checkpoints, sinks, start, run_identity, manifest["run_id"], earlier, compile_seconds, trace)
         loop.mark_other_measurements(start, earlier)
         try:
             with stop, memory_errors(WHAT_SAVES_MEMORY):
@@ -151,6 +182,7 @@ class Loop:
         sinks: list[Sink],
         start: Start,
         run_identity: dict[str, Any],
+        run_id: str = "",
         earlier: Sequence[Record] = (),
         compile_seconds: float = 0.0,
         trace: StepTrace | None = None,
@@ -158,7 +190,8 @@ class Loop:
         self.exp, self.state, self.step = exp, start.state, start.step
         self.compile_seconds, self._stepped = compile_seconds, False
         self._skipped_batches = start.skipped_batches
-        self._rewinds_left = exp.config.stability.rewinds - len(rewinds(earlier, start.step))
+        self._rewinds, self._rewinds_left = start.rewinds, exp.config.stability.rewinds - len(start.rewinds)
+        self.best, self._ancestor, self._run_id = start.best, start.ancestor, run_id
         self._answered = [record for record in earlier if is_answered(record)]
         self._failures = self._watched()
         self._checkpoints, self._sinks = checkpoints, sinks
@@ -279,8 +312,10 @@ class Loop:
         failed = self.step
         # Those of an interrupt are not gone back to: where a run continues must not depend on where it was stopped.
         every = self.exp.config.checkpoint.every
-        self._checkpoints.discard(lambda step: step % every == 0)
-        start = _start(self.exp, self._checkpoints, self._identity)
+        start = _start(self.exp, self._checkpoints, self._identity, lambda step: step % every == 0)
+        self.best = start.best
+        # What lies after it did not happen, and must not be resumed from.
+        self._checkpoints.discard(lambda step: step <= start.step and step % every == 0)
         self.state, self.step = start.state, start.step
         self._skipped_batches += failed - start.step
         self._rewinds_left -= 1
@@ -290,7 +325,9 @@ class Loop:
         for sink in self._sinks:
             sink.rewind(self.step)
         reason = f"diverged at step {failed}; batches of {failed - start.step} steps passed over"
-        self._emit(event(self.step, "rewind", reason, failed_step=failed, skipped_batches=self._skipped_batches))
+        done = event(self.step, "rewind", reason, failed_step=failed, skipped_batches=self._skipped_batches)
+        self._rewinds = (*(earlier for earlier in self._rewinds if earlier["step"] <= self.step), done)
+        self._emit(done)
 
     def _fetch(self, step: int, metrics: dict[str, jax.Array], answers: Record) -> list[Record]:
         """Records of a dispatch's steps, of which `step` is the last; what was asked was asked about the first.
@@ -335,6 +372,7 @@ class Loop:
         return attribution.Watch(attribution.training_of(self.exp.config.optimizer), self._answered)
 
     def _emit(self, record: Record) -> None:
+        self.best = lower(self.best, record)
         for sink in self._sinks:
             sink.log(record)
 
@@ -347,8 +385,17 @@ class Loop:
             sink.sync()
         batch = self.step + self._skipped_batches
         iterator = {"next_step": batch, "epoch": self.exp.batches.epoch_of(batch)}
-        manifest = {"identity": self._identity, "seconds": self.seconds}
-        manifest["measured_on"] = provenance.measured_on(self.exp.config)
+        files = [sink for sink in self._sinks if isinstance(sink, MetricsFile)]  # none where another host writes
+        manifest = {
+            "identity": self._identity,
+            "seconds": self.seconds,
+            "measured_on": provenance.measured_on(self.exp.config),
+            "run_id": self._run_id,
+            "ancestor": self._ancestor,
+            "records": files[0].extent.as_json() if files else {},
+            "best": None if math.isnan(self.best) else self.best,
+            "rewinds": list(self._rewinds),
+        }
         self._checkpoints.save(self.step, self.exp.parallel.to_global(self.state), iterator, manifest)
 
 
@@ -376,12 +423,25 @@ def _shown(command: Sequence[str] | None) -> str:
 
 def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:
     """Where this run's records go."""
-    sinks: list[Sink] = [MetricsFile(workdir.metrics, start.step)]
+    file = MetricsFile(workdir.metrics, start.step, start.extent, start.rewinds)
+    sinks: list[Sink] = [file]
     earlier = read_metrics(workdir.metrics)
     if wandb_mode(config.tracking)[0] != "disabled":
         tags = (manifest["resolved"]["data.name"],)
         sinks.append(Wandb(config.tracking, workdir.path, manifest["run_id"], manifest["config"], earlier, tags))
-    return [*sinks, ConsoleSink(console, start.step, config.train.steps, earlier)]
+    sinks.append(ConsoleSink(console, start.step, config.train.steps, start.best))
+    if file.lost:
+        for sink in sinks:
+            sink.log(event(start.step, "records", file.lost))
+    return sinks
+
+
+def _set_aside(workdir: Workdir, primary: bool) -> None:
+    """Makes room for a run that begins anew: one process for all."""
+    moved = workdir.set_aside() if primary else None
+    multihost_utils.sync_global_devices("set aside an earlier run")
+    if moved is not None:
+        log.warning("what was in %s is now in %s", workdir.path, moved)
 
 
 def _refuse_ended(workdir: Workdir) -> None:
@@ -390,7 +450,8 @@ def _refuse_ended(workdir: Workdir) -> None:
     if summary is not None and summary["status"] == "diverged":
         raise UserError(
             f"the run in {workdir.path} diverged at step {summary['step']}; change the settings and use a new"
-            f" --workdir, from its last good weights with --config.checkpoint.restore_from={workdir.path}"
+            f" --workdir, from its last good weights with --config.checkpoint.restore_from={workdir.path}; or begin"
+            " anew with --restart"
         )
 
 
@@ -400,24 +461,42 @@ def _is_recorded_as_finished(workdir: Workdir, step: int) -> bool:
     return summary is not None and summary["status"] == "finished" and summary["step"] == step
 
 
-def _start(exp: experiment.Experiment, checkpoints: checkpoint.Checkpoints, run_identity: dict[str, Any]) -> Start:
-    """The newest whole checkpoint, or the beginning."""
-    parallel = exp.parallel
-    restored = checkpoints.restore_latest(parallel.to_global_abstract(exp.abstract_state()), run_identity)
+def _start(
+    exp: experiment.Experiment,
+    checkpoints: checkpoint.Checkpoints,
+    run_identity: dict[str, Any],
+    wanted: Callable[[int], bool] = lambda step: True,
+    check: Callable[[dict[str, Any], Path], None] = lambda manifest, where: None,
+) -> Start:
+    """The newest whole checkpoint of the steps wanted, or the beginning."""
+    like = exp.parallel.to_global_abstract(exp.abstract_state())
+    restored = checkpoints.restore_latest(like, run_identity, wanted, check)
     if restored is not None:
-        state, manifest = parallel.to_local(restored.state), restored.manifest
+        state, manifest = exp.parallel.to_local(restored.state), restored.manifest
         skipped = restored.iterator["next_step"] - restored.step
         if skipped < 0:
             raise UserError(f"checkpoint {restored.step} continues at batch {restored.iterator['next_step']}")
-        origin = f"the checkpoint of step {restored.step}"
-        return Start(state, restored.step, manifest["seconds"], origin, skipped, manifest.get("measured_on", {}))
+        return Start(
+            state,
+            restored.step,
+            manifest["seconds"],
+            f"the checkpoint of step {restored.step}",
+            skipped,
+            manifest["measured_on"],
+            manifest["run_id"],
+            manifest["ancestor"],
+            Extent(**manifest["records"]),
+            math.nan if manifest["best"] is None else manifest["best"],
+            tuple(manifest["rewinds"]),
+        )
     source = exp.config.checkpoint.restore_from
     if not source:
         return Start(exp.fresh_state(), 0, 0.0, f"new weights from seed {exp.config.seed}")
     # A classifier may begin with the trunk of a language model: its own output layer is then drawn.
     like, optional = exp.abstract_params(), (HEAD,) if exp.task.labels else ()
     params, step, where = checkpoint.read_params(source, like, optional)
-    return Start(exp.fresh_state(params), 0, 0.0, f"the weights of step {step} in {where.parent}")
+    origin = f"the weights of step {step} in {where.parent}"
+    return Start(exp.fresh_state(params), 0, 0.0, origin, ancestor=ancestor(f"{where.parent}@{step}"))
 
 
 def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
@@ -427,7 +506,7 @@ def _end(workdir: Workdir, loop: Loop, sinks: list[Sink], status: str) -> None:
     if is_primary():
         digest = tree_sha256(loop.state.params) if status == "finished" else None
         reason = loop.why_diverged if status == "diverged" else ""
-        progress = Progress(loop.step, loop.seconds, loop.compile_seconds, digest, reason)
+        progress = Progress(loop.step, loop.seconds, loop.compile_seconds, digest, reason, loop.best)
         write_summary(workdir, loop.exp, status, progress)
 
 

@@ -1,6 +1,6 @@
 """A run's work directory: its files, its lock, and writes that are whole or absent.
 
-config.json  manifest.json  metrics.jsonl  summary.json  checkpoints/<step>/  damaged/  wandb/
+config.json  manifest.json  metrics.jsonl  summary.json  checkpoints/<step>/  damaged/  earlier/<n>/  wandb/
 """
 
 import fcntl
@@ -12,6 +12,7 @@ from typing import Any
 from altgrad_jax import files
 from altgrad_jax.errors import UserError
 
+EARLIER = "earlier"  # folder of what was there before a run began anew
 # What a summary and a manifest hold, as far as this program reads them again.
 SUMMARY = {"status": str, "step": int, "final": dict}
 MANIFEST = {"run_id": str, "identity": dict, "config": dict, "sessions": [dict]}
@@ -43,6 +44,7 @@ class Workdir:
         self._made: set[Path] = set()  # folders that were not there
         self._found: set[str] = set()  # what lay in `path` before
         self._lock: int | None = None
+        self._noted = False
         try:
             self._make_folders()
             if lock:
@@ -107,6 +109,35 @@ class Workdir:
     def metrics(self) -> Path:
         """The metrics file, one JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    def set_aside(self) -> Path | None:
+        """Moves what an earlier run left to a folder of its own in `earlier`, and returns that; None if there is none.
+
+        Raises:
+          UserError: it cannot be moved.
+        """
+        found = sorted(set(os.listdir(self.path)) - {self._lock_file.name, EARLIER})
+        if not found:
+            return None
+        target = next(p for i in range(10**6) if not (p := self.path / EARLIER / f"{i}").exists())
+        try:
+            target.mkdir(parents=True)
+            for name in found:
+                os.rename(self.path / name, target / name)
+        except OSError as e:
+            raise files.unwritable(target, e) from e
+        return target
+
+    def note_checkpoint(self) -> None:
+        """Writes into the manifest that there is a checkpoint, so that its loss would show."""
+        if not self._noted and (manifest := self.read_json("manifest.json")) is not None:
+            self.write_json("manifest.json", manifest | {"checkpointed": True})
+        self._noted = True
+
+    def forget_checkpoint(self) -> None:
+        """Takes that out of the manifest: the run may begin anew."""
+        if (manifest := self.read_json("manifest.json")) is not None and manifest.pop("checkpointed", None):
+            self.write_json("manifest.json", manifest)
 
     def read_json(self, name: str, shape: Any = dict) -> Any:
         """A JSON file's content, or None if there is no such file; as `files.read_json`."""

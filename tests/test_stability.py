@@ -216,7 +216,7 @@ def test_a_run_goes_back_and_on_with_other_batches(lab, tmp_path, capsys):
     assert summary(workdir)["status"] == "diverged" and summary(workdir)["events"][-1]["event"] == "diverged"
 
 
-def once(lab, workdir, steps, fail):
+def once(lab, workdir, steps, fail, keep=3):
     """A run whose batches of the steps `fail`, as first taken, are poison: later ones are not."""
     make = program.make_train_step
 
@@ -237,6 +237,7 @@ def once(lab, workdir, steps, fail):
         return train_step
 
     changes = {"stability__nan_patience": 2, "stability__rewinds": 3, "checkpoint__every": 3, "train__eval_every": 100}
+    changes |= {"checkpoint__max_to_keep": keep}
     with mock.patch.object(program, "make_train_step", make_poisoned):
         return lab.train(workdir, train__steps=steps, **changes)
 
@@ -264,11 +265,12 @@ def test_poisonous_batches_are_passed_over(lab, tmp_path):
     records = read_metrics(whole / "metrics.jsonl")
     assert [batch_of(records, step) for step in (1, 6, 7, 12)] == [0, 5, 9, 14]
     # Stopped before, right after and later than the rewind, it ends with the same bits.
-    for number, stops in enumerate([(7, 12), (6, 12), (9, 12), (11, 12)]):
+    # Where what is stopped at saves beside the regular checkpoints, none of those is pushed out.
+    for number, (keep, *stops) in enumerate([(3, 7, 12), (3, 6, 12), (3, 9, 12), (3, 11, 12), (1, 7, 8, 12)]):
         workdir = tmp_path / f"stopped{number}"
         for steps_to_go in stops:
             # Started again with more steps, the schedule being constant here.
-            assert once_constant(lab, workdir, steps_to_go, sums[7:9]) == 0
+            assert once_constant(lab, workdir, steps_to_go, sums[7:9], keep) == 0
         reference = tmp_path / "constant"
         if not reference.exists():
             assert once_constant(lab, reference, 12, sums[7:9]) == 0
@@ -276,9 +278,9 @@ def test_poisonous_batches_are_passed_over(lab, tmp_path):
         assert losses(workdir) == losses(reference) and events(workdir) == events(reference)
 
 
-def once_constant(lab, workdir, steps, fail):
+def once_constant(lab, workdir, steps, fail, keep=3):
     with mock.patch.dict("tests.runs.TINY", {"optimizer.schedule": "constant"}):
-        return once(lab, workdir, steps, fail)
+        return once(lab, workdir, steps, fail, keep)
 
 
 def test_rewinds_counted_from_records():

@@ -1,5 +1,6 @@
 """metrics.jsonl is whole whatever happens; W&B gets the same records; the console shows them."""
 
+import hashlib
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from altgrad_jax.console import ConsoleSink
 from altgrad_jax.errors import UserError
+from altgrad_jax.records import Extent, line_of
 from altgrad_jax.tracking import MetricsFile, Wandb, read_metrics, require_login, wandb_mode
 from tests.runs import SECRET, SECRETS, checkpoint_steps, ended, summary, train_losses, wait_for_step
 
@@ -36,8 +38,8 @@ def path(tmp_path) -> Path:
     return write(tmp_path / "metrics.jsonl", RECORDS)
 
 
-def write(path: Path, records: list[dict[str, Any]], resume_step: int = 0) -> Path:
-    file = MetricsFile(path, resume_step)
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    file = MetricsFile(path)
     for record in records:
         file.log(record)
     file.sync()
@@ -56,7 +58,7 @@ def test_every_line_is_json_and_comes_back_equal(path):
 
 
 def test_a_line_is_in_the_file_before_the_next_is_logged(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
     for number, record in enumerate(RECORDS, 1):
         file.log(record)
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == number
@@ -73,27 +75,61 @@ def test_a_file_torn_at_any_byte_keeps_its_whole_lines(path):
     assert len(read_metrics(path)) == 4
 
 
-@pytest.mark.parametrize("line", [b"{", b"5", b"{}", b"\xff\xfe", b'{"step": 1} {"step": 2}'])
+@pytest.mark.parametrize("line", [b"{", b"5", b"{}", b"\xff\xfe", b'{"step": 1} {"step": 2}', b'{"step": null}'])
 def test_damage_in_the_middle_is_told(path, line):
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2 .*restore it or use a new --workdir"):
-        MetricsFile(path, 3)
-    assert path.read_bytes().split(b"\n")[1] == line
+        read_metrics(path)
 
 
-@pytest.mark.parametrize(("resume_step", "kept"), [(0, 0), (2, 2), (4, 4), (9, 4)])
-def test_lines_past_the_checkpoint_are_cut(path, resume_step, kept):
+@pytest.mark.parametrize("kept", [0, 2, 4])
+def test_lines_past_the_checkpoint_are_cut(path, kept):
+    content = b"".join(path.read_bytes().splitlines(keepends=True)[:kept])
+    extent = Extent(kept, len(content), hashlib.sha256(content).hexdigest())
     path.write_bytes(path.read_bytes() + b'{"step": 5, "tr')
-    write(path, [{"step": 10}], resume_step)
+    file = MetricsFile(path, kept, extent)
+    assert file.lost == "" and file.extent == extent
+    file.log({"step": 10})
+    file.close("finished")
     assert repr(read_metrics(path)) == repr([*RECORDS[:kept], {"step": 10}])
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+LINES = [line_of({"step": n, "train/loss": 1 / (n + 1)}) for n in range(6)]
+DAMAGE: dict[str, tuple[bytes, list[int], str]] = {  # what the file holds, the steps kept of it, and what is said
+    "deleted": (b"", [], "6 of 6 records are missing"),
+    "cut": (b"".join(LINES[:3]) + LINES[3][:9], [0, 1, 2], "3 of 6 records are missing"),
+    "NUL": (b"".join(LINES[:5]) + bytes(40), [0, 1, 2, 3, 4], "1 of 6 records are missing"),
+    "a line less": (b"".join(LINES[:2] + LINES[3:]), [0, 1, 3, 4, 5], "1 of 6 records are missing"),
+    "no JSON": (b"".join([*LINES[:2], b"[[[\n", *LINES[3:]]), [0, 1, 3, 4, 5], "1 of 6 records are missing"),
+    "another value": (b"".join(LINES).replace(b"0.5", b"0.4"), [0, 1, 2, 3, 4, 5], "records were changed"),
+    "twice": (b"".join(LINES + LINES), [0, 1, 2, 3, 4, 5], ""),
+    "backwards": (b"".join(reversed(LINES)), [0, 1, 2, 3, 4, 5], "nothing is missing"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_what_a_checkpoint_saw_and_is_gone_is_told(tmp_path, how):
+    content, steps, said = DAMAGE[how]
+    later = line_of({"step": 6}) + line_of({"step": 5, "event": "rewind", "event/skipped_batches": 1})
+    extent = Extent(6, len(b"".join(LINES)), hashlib.sha256(b"".join(LINES)).hexdigest())
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content + later)
+    rewound = {"step": 3, "event": "rewind", "event/skipped_batches": 2}
+    file = MetricsFile(path, 5, extent, [rewound])
+    assert file.lost.endswith(said) and bool(file.lost) == bool(said)
+    file.close("failed")
+    restored = [] if said in ("", "nothing is missing") else [rewound]  # what was sealed comes back
+    found = read_metrics(path)
+    assert [r["step"] for r in found if "event" not in r] == steps and [r for r in found if "event" in r] == restored
+    assert [r["step"] for r in found] == sorted(r["step"] for r in found)
+
+
 def test_a_full_disk_is_told(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
     file._file.close()
-    file._file = open("/dev/full", "w")  # noqa: SIM115
+    file._file = open("/dev/full", "wb")  # noqa: SIM115
     with pytest.raises(
         UserError, match=r"No space left .*; free some space, then run the same command again: the checkpoints are"
     ):

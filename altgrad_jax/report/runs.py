@@ -13,7 +13,7 @@ from typing import Any
 from altgrad_jax import files
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UsageError, UserError
-from altgrad_jax.tracking import NOT_FINITE, Record, is_number
+from altgrad_jax.records import NOT_FINITE, Record, is_number
 
 # What must be equal for the losses of two runs to be compared: the data, the model's task, how long it was learned, and
 # the windows that it was judged on.

@@ -61,8 +61,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
-    """Runs a matrix, or its `shard`, in a folder; returns the exit status.
+def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int], restart: bool = False) -> int:
+    """Runs a matrix, or its `shard`, in a folder; returns the exit status. To `restart` is to begin conditions anew
+    whose checkpoint is lost.
 
     Raises:
       UsageError: the matrix contradicts itself.
@@ -105,7 +106,7 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int]) -> int:
     }
     print_header(console, f"altgrad_jax sweep {matrix.name}", facts)
     given: dict[str, Any] = {"matrix": matrix.name, "keys": keys, "data_sha256": corpus.sha256, "progress": progress}
-    given |= {"together": together}
+    given |= {"together": together, "restart": restart}
     with GracefulStop() as stop:
         factors = {}
         if trial:
@@ -183,11 +184,16 @@ def main() -> int:
     cli.quiet_libraries()
     check_versions()
     check_xla_flags()
-    return sweep(matrix, Path(WORKDIR.value or f"runs/{matrix.name}").expanduser(), shard)
+    return sweep(matrix, Path(WORKDIR.value or f"runs/{matrix.name}").expanduser(), shard, RESTART.value)
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the conditions' folders; default runs/<config.name>.")
     SHARD = flags.DEFINE_string("shard", "0/1", "Part i of n of the conditions, for several machines: i/n.")
+    RESTART = flags.DEFINE_boolean(
+        "restart",
+        False,
+        "Begin conditions anew whose checkpoint is lost; their records are moved to their folder `earlier`.",
+    )
     cli.run(main)

@@ -5,6 +5,7 @@ diverges is a result like others: its folder is closed, and the rest go on.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +18,21 @@ import jax
 import numpy as np
 
 from altgrad_jax import experiment, provenance
-from altgrad_jax.checkpoint import Checkpoints
+from altgrad_jax.checkpoint import Checkpoints, Restored
 from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.diagnose import name_answers, name_update
 from altgrad_jax.diagnostics import attribution, wording
 from altgrad_jax.diagnostics.questions import is_answered
+from altgrad_jax.errors import UserError
 from altgrad_jax.experiment import Experiment
 from altgrad_jax.interrupt import GracefulStop
+from altgrad_jax.kin import is_lost, refuse_lost
 from altgrad_jax.loss_scale import all_finite
 from altgrad_jax.machine import check_device
 from altgrad_jax.meter import Meter
 from altgrad_jax.precision.audit import Audit, audit
 from altgrad_jax.precision.policy import Policy
+from altgrad_jax.records import Extent, lower
 from altgrad_jax.run_record import Progress, write_manifest, write_summary
 from altgrad_jax.stability import DivergenceWatch, Record, event, no_step, unhealthy
 from altgrad_jax.state import tree_sha256
@@ -52,6 +56,10 @@ class TooLargeError(Exception):
         self.fitting = fitting
 
 
+class _BegunSinceError(UserError):
+    """A checkpoint holds a condition that has been begun anew since."""
+
+
 @dataclass
 class _Place:
     """Where one lane's records go; what is known of it on the host."""
@@ -63,16 +71,19 @@ class _Place:
     identity: dict[str, Any]
     failures: attribution.Watch
     sink: MetricsFile | None = None
+    run_id: str = ""
+    best: float = math.nan
     status: str = RUNNING
 
 
-def train_together(members: Sequence[Member], folder: Path, tell: Tell) -> str:
+def train_together(members: Sequence[Member], folder: Path, tell: Tell, restart: bool = False) -> str:
     """Trains conditions that `groups` has put together; returns "finished" or "interrupted".
 
     Args:
       members: the group's conditions; what has ended stays as it is, its lane runs on unseen.
       folder: of the group's checkpoints; removed when all have ended.
       tell: called with ("step", steps done) as they pass.
+      restart: whether conditions whose checkpoint is lost begin anew.
 
     Raises:
       TooLargeError: they do not fit into memory together.
@@ -93,10 +104,10 @@ def train_together(members: Sequence[Member], folder: Path, tell: Tell) -> str:
             places.append(_Place(member, exp, workdir, watch, identity, failures, status=status))
         lanes = Lanes(experiments)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(folder / "checkpoints", max_to_keep=1)
+        checkpoints = Checkpoints(folder / "checkpoints", max_to_keep=1, committed=lambda: _note(places))
         cleanup.callback(checkpoints.close)
         run = _Group(places, lanes, checkpoints, tell)
-        run.begin(cleanup)
+        run.begin(cleanup, restart)
         with GracefulStop() as stop:
             status = run.run(stop)
             checkpoints.wait()
@@ -117,25 +128,25 @@ class _Group:
         self._last: list[Record] = []  # of each lane
         self.lanes: Lane
 
-    def begin(self, cleanup: ExitStack) -> None:
-        """Restores or draws the lanes, compiles, and opens every condition's folder."""
+    def begin(self, cleanup: ExitStack, restart: bool) -> None:
+        """Restores or draws the lanes, compiles, and opens every condition's folder.
+
+        Raises:
+          UserError: a condition's checkpoint is lost, or is of a run that has been begun anew since, and the sweep was
+            not told to `restart` such ones.
+        """
         began = time.monotonic()
         parallel = self._first.parallel
-        restored = self._checkpoints.restore_latest(
-            parallel.to_global_abstract(self._programs.abstract()), self._identity
-        )
-        if restored is not None and not all(_reaches(place, restored.step) for place in self._active()):
-            log.warning(
-                "the checkpoint of step %d is not used: conditions of its group have been begun anew since, in another"
-                " group, and the steps before it are logged no more; they begin at step 0",
-                restored.step,
-            )
-            restored = None
+        restored = self._restored(restart)
         if restored is None:
-            self.lanes = self._programs.fresh()
+            for place in self._active():
+                if restart and is_lost(place.workdir):
+                    place.workdir.set_aside()
+                refuse_lost(place.workdir)
+            self.lanes, saved = self._programs.fresh(), {}
         else:
             self.lanes, self.step = parallel.to_local(restored.state), restored.step
-            self._earlier_seconds = restored.manifest["seconds"]
+            self._earlier_seconds, saved = restored.manifest["seconds"], restored.manifest["conditions"]
         compiled = self._programs.compile_train(self.lanes)
         free, needed = free_bytes(parallel.devices[0]), needed_bytes(compiled)
         if free is not None and needed > free and len(self._places) > 1:
@@ -149,14 +160,41 @@ class _Group:
                 continue
             extra = {"condition": place.member.facts | {"together": len(self._places)}}
             audited = _audited(text, policy, self._first)
-            begins = self.step, origin, audited, place.member.command, extra
-            write_manifest(place.workdir, place.exp, place.identity, *begins)
-            place.sink = MetricsFile(place.workdir.metrics, self.step)
+            kept = saved.get(place.member.name, {})
+            begins = self.step, origin, audited, place.member.command, extra, kept.get("run_id")
+            place.run_id = write_manifest(place.workdir, place.exp, place.identity, *begins)["run_id"]
+            place.best = math.nan if kept.get("best") is None else kept["best"]
+            extent = Extent(**kept["records"]) if kept else None
+            place.sink = MetricsFile(place.workdir.metrics, self.step, extent)
             cleanup.callback(place.sink.close, "")
+            if place.sink.lost:
+                place.sink.log(event(self.step, "records", place.sink.lost))
+                log.warning("%s: %s", place.member.name, place.sink.lost)
             earlier = filter(is_answered, read_metrics(place.workdir.metrics))
             place.failures = attribution.Watch(attribution.training_of(place.exp.config.optimizer), earlier)
         tokens = self._first.config.train.batch_size * self._first.model.block_size
         self._meter = Meter(tokens * len(self._places), self.step)
+
+    def _restored(self, restart: bool) -> Restored | None:
+        """The group's checkpoint; None without one, or where it is of other runs and the sweep is to `restart` them."""
+        like = self._first.parallel.to_global_abstract(self._programs.abstract())
+        try:
+            return self._checkpoints.restore_latest(like, self._identity, check=self._refuse_strangers)
+        except _BegunSinceError:
+            if not restart:
+                raise
+            return None
+
+    def _refuse_strangers(self, sealed: Mapping[str, Any], where: Path) -> None:
+        """Raises _BegunSinceError if a condition is another run than the one that a checkpoint holds."""
+        for place in self._active():
+            manifest = place.workdir.read_json("manifest.json", {"run_id?": str}) or {}
+            saved = sealed["conditions"].get(place.member.name, {}).get("run_id")
+            if manifest.get("run_id", saved) != saved:
+                raise _BegunSinceError(
+                    f"{place.member.name} has been begun anew since the checkpoint {where} was saved; go on with the"
+                    " sweep that began it, or give --restart to begin the conditions of this group anew"
+                )
 
     @property
     def _seconds(self) -> float:
@@ -246,6 +284,7 @@ class _Group:
         for i, (place, record) in enumerate(zip(self._places, records, strict=True)):
             if place.status != RUNNING or place.sink is None:
                 continue
+            place.best = lower(place.best, record)
             diverged = place.watch.diverged(record) if "train/loss" in record else ""
             every = place.exp.config.train.log_every
             if record["step"] % every == 0 or "val/loss" in record or is_answered(record) or diverged:
@@ -264,10 +303,13 @@ class _Group:
 
     def _save(self) -> None:
         """Saves all lanes."""
+        saved = {}
         for place in self._active():
             assert place.sink is not None
             place.sink.sync()
-        manifest = {"identity": self._identity, "seconds": self._seconds}
+            best = None if math.isnan(place.best) else place.best
+            saved[place.member.name] = {"run_id": place.run_id, "best": best, "records": place.sink.extent.as_json()}
+        manifest = {"identity": self._identity, "seconds": self._seconds, "conditions": saved}
         self._checkpoints.save(
             self.step, self._first.parallel.to_global(self.lanes), {"next_step": self.step, "epoch": 0.0}, manifest
         )
@@ -284,14 +326,16 @@ class _Group:
         else:
             digest = tree_sha256(jax.device_get(jax.tree.map(lambda x: x[i], self.lanes.state.params)))
         place.sink.sync()
-        progress = Progress(step, self._seconds / count, self._compile_seconds / count, digest, why_diverged)
+        seconds, compile_seconds = self._seconds / count, self._compile_seconds / count
+        progress = Progress(step, seconds, compile_seconds, digest, why_diverged, place.best)
         write_summary(place.workdir, place.exp, place.status, progress)
 
 
-def _reaches(place: _Place, step: int) -> bool:
-    """Whether what was logged of a condition goes as far as a step."""
-    last = max((record["step"] for record in read_metrics(place.workdir.metrics)), default=0)
-    return last + place.exp.config.train.log_every > step
+def _note(places: Sequence[_Place]) -> None:
+    """Writes into the manifests of the conditions that run that they have a checkpoint."""
+    for place in places:
+        if place.status == RUNNING:
+            place.workdir.note_checkpoint()
 
 
 def _lane(values: Any, i: int) -> Any:

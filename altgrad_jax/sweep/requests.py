@@ -54,12 +54,14 @@ class Request:
       folder: of the group's checkpoints.
       alone: the one member needs a run of its own kind, not a lane.
       log: file that what the run prints goes to.
+      restart: whether conditions whose checkpoint is lost begin anew.
     """
 
     members: tuple[Member, ...]
     folder: Path
     alone: bool
     log: Path
+    restart: bool = False
 
 
 @dataclass(frozen=True)

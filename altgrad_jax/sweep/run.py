@@ -65,6 +65,7 @@ def run_all(
     shard: tuple[int, int],
     progress: Progress,
     stop: GracefulStop,
+    restart: bool = False,
 ) -> bool:
     """Trains what has not ended; returns False if it was interrupted.
 
@@ -78,6 +79,7 @@ def run_all(
       shard: (i, n): of the groups, the i-th of n parts.
       progress: is told what happens.
       stop: of signals.
+      restart: whether conditions whose checkpoint is lost begin anew.
 
     Raises:
       UserError: a folder belongs to a condition with other settings; or what a training process was stopped by.
@@ -104,7 +106,7 @@ def run_all(
                 if parts := _cut(unit, home):
                     mine.extendleft(reversed(parts))
                     continue
-                outcome = _in_process(unit, folder, home, matrix, progress, stop)
+                outcome = _in_process(unit, folder, home, matrix, progress, stop, restart)
                 mine.extendleft(reversed(_after(unit, outcome, folder, home, progress)))
             finally:
                 lock.close()
@@ -210,13 +212,21 @@ def in_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> Any:
     return found
 
 
-def _in_process(unit: _Unit, folder: Path, home: Path, matrix: str, progress: Progress, stop: GracefulStop) -> Outcome:
+def _in_process(
+    unit: _Unit,
+    folder: Path,
+    home: Path,
+    matrix: str,
+    progress: Progress,
+    stop: GracefulStop,
+    restart: bool = False,
+) -> Outcome:
     """Has a process train a unit; what it says at last, or what its death says."""
     members = tuple(
         Member(c.name, folder / c.name, c.config, {"matrix": matrix} | c.facts, c.command) for c in unit.conditions
     )
     progress.begin([c.name for c in unit.conditions])
-    process, ours = _started(work, Request(members, home, unit.alone, home / "log.txt"))
+    process, ours = _started(work, Request(members, home, unit.alone, home / "log.txt", restart))
     outcome, told = None, False
     while outcome is None:
         if stop.requested and not told:
@@ -261,7 +271,7 @@ def _after(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progress: Pr
         # Of those that fail together one may be to blame: each has its own chance.
         size = min(max(1, outcome.fitting), count - 1) if outcome.status == "too_large" else 1
         why = "do not fit into memory together" if outcome.status == "too_large" else f"failed ({outcome.reason})"
-        return _cut_to(unit, size, why, outcome.reason, home, progress)
+        return _cut_to(unit, size, why, outcome.reason, folder, home, progress)
     if failed:
         _write_failed(folder / unit.conditions[0].name, unit.conditions[0], outcome.reason)
     done = _all_ended(unit, folder, progress)
@@ -279,7 +289,7 @@ def _after_loss(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progres
         return [replace(unit, lost=tries)]
     reason = f"{outcome.reason}, {tries} times"
     if count > 1:
-        return _cut_to(unit, count // 2, f"did not end: {reason}", reason, home, progress)
+        return _cut_to(unit, count // 2, f"did not end: {reason}", reason, folder, home, progress)
     if outcome.status == "crashed":
         _write_failed(folder / unit.conditions[0].name, unit.conditions[0], reason)
         _all_ended(unit, folder, progress)
@@ -288,12 +298,23 @@ def _after_loss(unit: _Unit, outcome: Outcome, folder: Path, home: Path, progres
     return []
 
 
-def _cut_to(unit: _Unit, size: int, why: str, reason: str, home: Path, progress: Progress) -> list[_Unit]:
-    """The parts of a unit, and a note of it for sweeps to come."""
+def _cut_to(unit: _Unit, size: int, why: str, reason: str, folder: Path, home: Path, progress: Progress) -> list[_Unit]:
+    """The parts of a unit, each to begin at step 0, and a note of it for sweeps to come."""
     parts = _parts(unit, size)
+    for condition in unit.conditions:
+        _forget_checkpoint(folder / condition.name)
     write_json(home / PARTS, {"size": size, "reason": reason})
     progress.note(f"{len(unit.conditions)} conditions {why}; {len(parts[0].conditions)} at a time")
     return parts
+
+
+def _forget_checkpoint(folder: Path) -> None:
+    """Lets a condition begin anew: its group's checkpoint is of no use to a part of the group."""
+    workdir = Workdir(folder)
+    try:
+        workdir.forget_checkpoint()
+    finally:
+        workdir.close()
 
 
 def _write_failed(folder: Path, condition: Condition, reason: str) -> None:

@@ -16,16 +16,18 @@ from typing import Any
 
 import jax
 
+from altgrad_jax.checkpoint import committed_steps
 from altgrad_jax.cli import quiet_libraries
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import write_json
 from altgrad_jax.interrupt import pass_on, watch
+from altgrad_jax.kin import is_lost
 from altgrad_jax.machine import OutOfMemoryError, is_out_of_memory
 from altgrad_jax.streams import Unbreakable, protect_streams
 from altgrad_jax.sweep.group import Tell, TooLargeError, train_together
 from altgrad_jax.sweep.requests import Outcome, Request, ended, read_summary
 from altgrad_jax.train import train
-from altgrad_jax.workdir import BusyError
+from altgrad_jax.workdir import BusyError, Workdir
 
 
 def work(request: Request, connection: Connection) -> None:
@@ -76,11 +78,12 @@ def _train(request: Request, tell: Tell) -> Outcome:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with _printing_to(request.log):
         if not request.alone:
-            return Outcome(train_together(request.members, request.folder, tell))
+            return Outcome(train_together(request.members, request.folder, tell, request.restart))
         member = request.members[0]
         more = {"condition": member.facts | {"together": 1}}
         try:
-            status = train(member.config, str(member.folder), member.command, more)
+            restart = request.restart and _is_lost(member.folder)
+            status = train(member.config, str(member.folder), member.command, more, restart)
         except OutOfMemoryError:
             raise
         except (UserError, ImportError, OSError):
@@ -90,6 +93,15 @@ def _train(request: Request, tell: Tell) -> Outcome:
             return Outcome("interrupted" if status > 128 else "failed", f"exit status {status}")
         shutil.rmtree(member.folder / "checkpoints", ignore_errors=True)
         return Outcome("finished")
+
+
+def _is_lost(folder: Path) -> bool:
+    """Whether the run in a work directory has had a checkpoint, and has none."""
+    workdir = Workdir(folder)
+    try:
+        return not committed_steps(workdir.checkpoints) and is_lost(workdir)
+    finally:
+        workdir.close()
 
 
 def _take_back(folder: Path) -> None:

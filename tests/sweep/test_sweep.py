@@ -29,7 +29,7 @@ from altgrad_jax.sweep.search import choose
 from altgrad_jax.sweep.worker import _train
 from altgrad_jax.tracking import read_metrics
 from tests.forks import ROOT, run_module
-from tests.runs import summary
+from tests.runs import snapshot, summary
 from tests.sweep.matrices import PLAIN, flags, tiny_matrix
 
 ONE_GROUP = {"recipes": (("e5m2", "e5m2"), ("e3m4", "e3m4")), "optimizers": ("adamw",), "exclude": ()}
@@ -268,8 +268,8 @@ def test_a_full_disk_is_no_result_of_a_condition_alone(lab, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_group_begun_again_elsewhere_does_not_go_on_from_its_old_checkpoint(lab, tmp_path, caplog):
-    """Else the steps before that checkpoint would be missing from what is logged."""
+def test_a_group_goes_on_only_from_what_it_saved(lab, tmp_path):
+    """Records that are gone are told of; conditions without their checkpoint begin anew when that is asked for."""
     unit, _ = a_unit(lab, tmp_path)
     members = [Member(c.name, tmp_path / c.name, c.config, c.facts, c.command) for c in unit.conditions[:2]]
 
@@ -280,14 +280,27 @@ def test_a_group_begun_again_elsewhere_does_not_go_on_from_its_old_checkpoint(la
 
         return tell
 
+    def steps_of(member):
+        return [r["step"] for r in read_metrics(member.folder / "metrics.jsonl") if "train/loss" in r]
+
     assert train_together(members, tmp_path / "group", stop_at(5)) == "interrupted"
-    path = tmp_path / members[0].name / "metrics.jsonl"
+    shutil.copytree(tmp_path / "group", tmp_path / "copy")
+    path = members[0].folder / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert train_together(members, tmp_path / "group", stop_at(7)) == "interrupted"
+    (told,) = [r for r in read_metrics(path) if r.get("event") == "records"]
+    assert told["step"] == 6 and told["event/reason"].endswith("4 of 7 records are missing")
+    shutil.rmtree(tmp_path / "group")
+    before = snapshot(members[0].folder)
+    with pytest.raises(UserError, match=r"has the records of a run, and its checkpoints are gone"):
+        train_together(members, tmp_path / "group", stop_at(0))
+    assert snapshot(members[0].folder) == before
+    assert train_together(members, tmp_path / "group", stop_at(3), restart=True) == "interrupted"
+    with pytest.raises(UserError, match=r"has been begun anew since the checkpoint .*copy/checkpoints/6 was saved"):
+        train_together(members, tmp_path / "copy", stop_at(0))
     assert train_together(members, tmp_path / "group", stop_at(0)) == "finished"
-    assert "the checkpoint of step 6 is not used" in caplog.text
     for member in members:
-        steps = [r["step"] for r in read_metrics(member.folder / "metrics.jsonl") if "train/loss" in r]
-        assert steps == list(range(1, 13))
+        assert steps_of(member) == list(range(1, 13)) and (member.folder / "earlier" / "0" / "manifest.json").exists()
 
 
 @pytest.mark.slow
