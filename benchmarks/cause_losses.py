@@ -103,7 +103,8 @@ def losses(runs: Iterable[Run], **facts: Any) -> dict[int, float]:
 def gaps(runs: list[Run], sweep: str) -> list[dict[str, Any]]:
     """Of a sweep's conditions with AdamW to BF16 on the same seeds, its own or else other sweeps'; one family."""
     own = [run for run in runs if run.sweep == sweep and run.optimizer == "adamw"]
-    bases = [run for run in own if _is_base(run)] or [run for run in runs if _is_base(run)]
+    others = {(_facts(run), run.seed): run for run in reversed(runs) if _is_base(run)}  # the first sweep's that has it
+    bases = [run for run in own if _is_base(run)] or list(others.values())
     rows, differences = [], []
     for like in {_facts(run): run for run in own if not _is_base(run)}.values():
         of_base = {fact: getattr(like, fact) for fact in SIZES}
