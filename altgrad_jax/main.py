@@ -4,9 +4,9 @@
 
 Running the same command again continues where the run stopped. --describe prints what would run and what it takes, and
 stops. Exit status: 0 finished, 1 failed or diverged, 2 usage error, 75 another one of several processes is absent or
-gone, 129 / 130 / 138 / 143 stopped by SIGHUP / Ctrl-C / SIGUSR1 / SIGTERM. The first signal finishes the step and saves a
-checkpoint; while the program starts or compiles there is nothing to save. A second one stops at once, unsaved: the same
-command goes on from an earlier checkpoint, if any.
+gone, 129 / 130 / 138 / 143 stopped by SIGHUP / Ctrl-C / SIGUSR1 / SIGTERM. The first signal finishes the step and saves
+a checkpoint; while the program starts or compiles there is nothing to save. A second one stops at once, unsaved: the
+same command goes on from an earlier checkpoint, if any.
 """
 
 from pathlib import Path

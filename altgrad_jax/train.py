@@ -140,7 +140,11 @@ def train(
         print_header(console, f"altgrad_jax {config.tracking.name}", facts)
         print_lines(console, exp.policy.lines() if exp.policy.plans else ())
         stop = GracefulStop(last_words=f"stopped without saving; to go on: {_shown(command)}")
-        with stop if exp.parallel.hosts > 1 else ending_at_once("stopped while compiling", workdir.close):
+        with (
+            stop
+            if exp.parallel.hosts > 1
+            else ending_at_once("stopped while compiling; there was nothing to save", workdir.close)
+        ):
             console.print("  compiling")
             audited, compile_seconds = compile_audited(exp, start.state)
         if isinstance(audited, str):
