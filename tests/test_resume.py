@@ -174,7 +174,7 @@ def test_another_run_is_refused(lab, whole, changes, differences):
 def test_other_data_is_refused(lab, whole, tmp_path):
     (tmp_path / "corpus.txt").write_text(lab.corpus.read_text() + " one word more")
     before = snapshot(whole)
-    with pytest.raises(UserError, match=r"belongs to a different run \(data.sha256: [0-9a-f]{64} -> [0-9a-f]{64}\)"):
+    with pytest.raises(UserError, match=r"belongs to a different run \(data.sha256: [0-9a-f]{8} -> [0-9a-f]{8}\)"):
         go_on(lab, whole, data__path=str(tmp_path / "corpus.txt"))
     assert snapshot(whole) == before
 

@@ -23,6 +23,9 @@ class Kind:
 
 
 KINDS = {
+    "spoilt": Kind(
+        "of the operand came in as infinity or NaN", True, "the first layer named, where it began, not those after it"
+    ),
     "nan": Kind("values that are NaN", True, "leave such steps out (config.stability.skip_nonfinite=True)"),
     "overflow": Kind("values cut off at the largest", True, "scaling=current, a larger margin, or more exponent bits"),
     "underflow": Kind("of the magnitude became zero", True, "more exponent bits, finer scales, or a loss scale"),

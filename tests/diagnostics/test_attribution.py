@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from altgrad_jax.diagnostics import attribution
 from altgrad_jax.diagnostics.attribution import (
     THRESHOLDS,
     Failure,
@@ -194,6 +195,10 @@ def test_table_and_json():
     }
     assert (loss["value"], loss["threshold"]) == ("NaN", "Infinity")
     assert first_failures([]) == [] == as_json([])
+
+
+def test_every_kind_has_words():
+    assert set(KINDS) == set(attribution.KINDS)
 
 
 def test_a_warning_has_units_limits_and_advice():
