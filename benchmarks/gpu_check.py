@@ -34,6 +34,7 @@ from altgrad_jax.data.corpus import open_corpus
 from altgrad_jax.precision.audit import find_gemms
 from altgrad_jax.precision.kernels.fp8_matmul import fp8_matmul, reference
 from altgrad_jax.precision.kernels.tiles import CANDIDATES, MULTIPLE, Tiles
+from altgrad_jax.precision.reals import seed_fault
 from altgrad_jax.precision.recipes import parse_recipe
 from altgrad_jax.precision.scaling import initial_state, next_state, quantise
 from altgrad_jax.precision.target import fp8_hardware, has_wgmma, on_cpu
@@ -60,6 +61,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="few values, small products, a few steps")
     parser.add_argument("--out", help="JSON file to write")
     arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        if why := seed_fault(seed):
+            parser.error(f"--seeds: {seed} {why}")
     if arguments.tiny:
         arguments.steps, arguments.seeds = 3, [0, 1]
     results: dict[str, Any] = {"fp8_hardware": fp8_hardware() or None}

@@ -90,7 +90,7 @@ def _recipe(config: Mapping[str, Any]) -> tuple[str, str]:
     rules = precision.get("rules") or []
     rules = rules if isinstance(rules, list) else []
     pairs = [(str(r[0]), str(r[1])) for r in rules if isinstance(r, list) and len(r) == 2]
-    if all(recipe == PLAIN for _, recipe in pairs):
+    if all(recipe.lower() in (PLAIN, "bfloat16") for _, recipe in pairs):
         return (PLAIN if precision.get("compute", "bfloat16") == "bfloat16" else str(precision["compute"])), ALL
     if len(pairs) == 1:
         pattern, recipe = pairs[0]
