@@ -139,8 +139,9 @@ def parse_recipe(text: str) -> Recipe | None:
         if options:
             raise ValueError(f"recipe {text!r}: {PLAIN} leaves a layer as it is and takes no options")
         return None
-    if base.lower() in RECIPES:  # E4M3 and HYBRID are Transformer Engine's names
-        roles = dict(zip(ROLES, RECIPES[base.lower()], strict=True))
+    name = base.lower().removeprefix("format.")  # Transformer Engine has Format.E4M3 and Format.HYBRID
+    if name in RECIPES:
+        roles = dict(zip(ROLES, RECIPES[name], strict=True))
     else:
         roles = dict(zip(ROLES, _uniform(_format_or_nearest(base)), strict=True))
     for option in options:

@@ -188,6 +188,7 @@ def test_names_of_recipes_in_any_case():
         ("HYBRID scaling=current", "hybrid scaling=current"),
         ("E4M3", "e4m3"),  # Transformer Engine's: all operands in OCP's E4M3
         ("MXFP8", "mxfp8"),
+        ("Format.HYBRID", "hybrid"),
         ("F8E4M3FNUZ g=torch.float8_e5m2", "e4m3fnuz g=e5m2"),
     ):
         one, other = parse_recipe(text), parse_recipe(same)
