@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from altgrad_jax.report.cells import interval
-from altgrad_jax.report.failures import RANK, run_failures
+from altgrad_jax.report.failures import run_failures
 from altgrad_jax.report.statistics import BETTER, EQUIVALENT, UNDECIDED, WORSE, Paired
 from altgrad_jax.report.study import LOST, Comparison, Study
 
@@ -21,6 +21,7 @@ WORDS = {
     "underflow": "underflow of the {role} (by what it loses)",
     "gradient": "the direction of a layer's gradient",
     "stall": "updates that move no rounded weight",
+    "rank": "the collapse of a matrix into few directions",
     "blow-up": "an update as long as a third of its weights",
     "loss": "a loss that is not finite",
 }
@@ -122,15 +123,12 @@ def _decided(comparisons: Sequence[Comparison], margin: float, by_curve: bool = 
 
 
 def _failures(study: Study) -> str:
-    found = [(e, run_failures(e.run)) for e in study.compared]
-    firsts = [(e, others[0]) for e, of_run in found if (others := [f for f in of_run if f.kind != RANK])]
-    rank = sum(any(f.kind == RANK for f in of_run) for _, of_run in found)
+    firsts = [(entry, found[0]) for entry in study.compared if (found := run_failures(entry.run))]
     ended = [entry for entry in study.compared if entry.ended_badly]
     runs = len(study.compared)
     stopped = f"{len(ended)} of {runs} runs diverged or failed" if ended else f"no run of {runs} diverged or failed"
-    but = f"the loss of rank, usual early in training, is left out here ({rank} of {runs} runs)" if rank else ""
     if not firsts:
-        return _sentence(stopped, "no diagnostic that was logged crossed its threshold", *filter(None, [but]))
+        return _sentence(stopped, "no diagnostic that was logged crossed its threshold")
     (kind, role), n = Counter((f.kind, f.role) for _, f in firsts).most_common(1)[0]
     first = min((f for _, f in firsts if (f.kind, f.role) == (kind, role)), key=lambda f: f.step)
     where = f" in {first.layer}" if first.layer else ""
@@ -138,7 +136,6 @@ def _failures(study: Study) -> str:
     return _sentence(
         f"what fails first is most often {named}: in {n} of the {len(firsts)} runs of {runs} in which a threshold was"
         f" crossed, earliest at step {first.step}{where}",
-        *filter(None, [but]),
         stopped,
     )
 

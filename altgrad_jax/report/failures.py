@@ -22,7 +22,6 @@ DIGITS = 3
 ROLES = ("weight", "activation", "gradient", "update")
 # What heat maps show.
 MEASURES = ("energy lost", "sum lost", "underflow", "overflow", "gradient cosine", "stall")
-RANK = "rank"
 SENSITIVE = 0.01  # nats that rounding one operand of one layer may cost
 
 Place = tuple[str, str]  # layer, role
@@ -119,7 +118,7 @@ def first_failure_table(study: Study) -> Table:
     rows = []
     for group in study.groups:
         by_run = [(entry, run_failures(entry.run)) for entry in group.entries]
-        failed = [(first.step, entry.number, first) for entry, found in by_run if (first := _first(found))]
+        failed = [(first.step, entry.number, first) for entry, found in by_run for first in found[:1]]
         kinds = Counter(kind for _, found in by_run for kind in {f.kind for f in found})
         if failed:
             step, _, first = min(failed, key=lambda one: one[:2])
@@ -140,18 +139,12 @@ def first_failure_table(study: Study) -> Table:
     limits = ", ".join(f"{kind} {limit:g}" for kind, limit in THRESHOLDS.items() if math.isfinite(limit))
     note = (
         "The first crossing of a threshold in any seed, by step and then in the order of a step (weight, activation,"
-        " gradient, update). The loss of rank, which a healthy run has too, early in training, is named as the first"
-        f" only where nothing else crossed. Thresholds: {limits}; gradient is a cosine and fails below; underflow is"
-        " judged by what a tensor loses to zero, of its energy or, one-sided, of its sum; a stall counts after warm-up,"
+        f" gradient, update). Thresholds: {limits}; gradient is a cosine and fails below; underflow is judged by what"
+        " a tensor loses to zero, of its energy or, one-sided, of its sum; a stall counts after warm-up,"
         " and only of weights that the optimizer keeps on the grid. “None” means that nothing measured crossed:"
         " what was not measured is not named."
     )
     return Table("first_failures", "What crossed a threshold first", "condition", columns, tuple(rows), note)
-
-
-def _first(found: Sequence[Failure]) -> Failure | None:
-    """The first crossing that is no loss of rank; of such alone the first; None of none."""
-    return next((f for f in found if f.kind != RANK), found[0] if found else None)
 
 
 def attribution_table(study: Study, most: int = 12) -> Table:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from altgrad_jax.tracking import json_value
+from altgrad_jax.records import json_value
 
 BLOCK, BATCH, STEPS = 32, 8, 100
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.mlp.up", "blocks.1.attn.qkv", "blocks.1.mlp.up", "lm_head")

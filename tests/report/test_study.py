@@ -359,16 +359,13 @@ def test_formats_that_end_elsewhere_are_two_where_that_mattered(tmp_path):
 
 
 def test_the_answer_agrees_with_the_table_on_what_failed(tmp_path):
-    """Rank is named where it is left out, and never the first of a run in which something else crossed."""
-    for name, cosine in (("a", 0.99), ("b", 0.5)):
-        made = make_run(tmp_path / name, recipe="e5m2" if name == "b" else "bf16", cosine=cosine)
+    """Every kind counts in both, the collapse of a matrix too: of three runs in two a threshold was crossed."""
+    for name, cosine in (("a", 0.99), ("b", 0.5), ("c", 0.99)):
+        made = make_run(tmp_path / name, recipe={"a": "bf16", "b": "e5m2", "c": "e4m3fn"}[name], cosine=cosine)
         with (made / "metrics.jsonl").open("a") as file:
-            for step, rank in ((0, 10.0), (1, 1.0)):
+            for step, rank in ((0, 10.0), (1, 1.0)) if name == "a" else ():
                 file.write(json.dumps({"step": step, "spectra/lm_head/effective_rank": rank}) + "\n")
     study = study_of(tmp_path)
-    said = answer(study)[2]
-    assert (
-        "in 1 of the 1 runs of 2 in which a threshold was crossed" in said and "is left out here (2 of 2 runs)" in said
-    )
-    rows = {row.name: [cell.text for cell in row.cells] for row in first_failure_table(study).rows}
-    assert rows["e5m2, adamw"][3] == "gradient" and rows["bf16, adamw"][3] == "rank"
+    assert "of the 2 runs of 3 in which a threshold was crossed" in answer(study)[2]
+    rows = {row.name: row.cells[3].text for row in first_failure_table(study).rows}
+    assert rows == {"bf16, adamw": "rank", "e5m2, adamw": "gradient", "e4m3fn, adamw": "–"}
