@@ -35,7 +35,6 @@ from altgrad_jax.checkpoint_files import (
     refuse_what_is_in_the_way,
     seal,
     sha256_of,
-    system_error,
 )
 from altgrad_jax.errors import UserError
 
@@ -173,7 +172,7 @@ class Checkpoints:
     def _failed_save(self, error: Exception) -> UserError:
         if isinstance(error, UserError):
             return error
-        system = system_error(error)
+        system = files.system_error(error)
         why = first_line(error) if system is None else files.cause(self._folder, system)
         kept = ", ".join(map(str, self.steps())) or "none"
         return UserError(

@@ -6,7 +6,6 @@ name, or with a part of another one, is damaged like one whose bytes have change
 read is not.
 """
 
-import errno
 import gc
 import hashlib
 import json
@@ -32,14 +31,6 @@ T = TypeVar("T")
 ITEMS = ("state", "iterator", "manifest")
 OUTPUT_LAYERS = ("params.lm_head",)  # of a language model, beside the trunk
 _NAME = re.compile("0|[1-9][0-9]*")
-# What the operating system refuses for reasons that are not in the file.
-_REFUSALS = {
-    number: os.strerror(number)
-    for number in (
-        *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT),
-        *(errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -117,16 +108,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def system_error(error: BaseException | None) -> OSError | None:
-    """The refusal of the operating system that an exception of the storage layers comes from, if it is one."""
-    text = ""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
-            return OSError(error.errno, _REFUSALS[error.errno])
-        text, error = text + str(error), error.__cause__ or error.__context__
-    return next((OSError(number, name) for number, name in _REFUSALS.items() if name in text), None)
-
-
 def _refusal(error: Exception, where: Path) -> tuple[Path, OSError] | None:
     """Which file of a checkpoint the operating system refuses to read, if it was that."""
     for path in (where, *_files(where)):
@@ -138,9 +119,9 @@ def _refusal(error: Exception, where: Path) -> tuple[Path, OSError] | None:
                     while file.read(2**20):
                         pass
         except OSError as e:
-            if e.errno in _REFUSALS:
+            if e.errno in files.REFUSALS:
                 return path, e
-    said = system_error(error)  # for a moment, as too many open files are
+    said = files.system_error(error)  # for a moment, as too many open files are
     return None if said is None else (where, said)
 
 

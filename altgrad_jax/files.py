@@ -16,6 +16,7 @@ from typing import Any
 
 from altgrad_jax.errors import UserError
 
+ROOM = 2**20  # bytes
 REPLACE = "restore it, or delete it to have it written anew"
 _ADVICE = {
     errno.EDQUOT: "delete some of your files",
@@ -24,6 +25,15 @@ _ADVICE = {
     errno.EPERM: "change its permissions, or use another folder",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+}
+
+# What the operating system refuses for reasons that are not in the file.
+REFUSALS = {
+    number: os.strerror(number)
+    for number in (
+        *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT),
+        *(errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV),
+    )
 }
 
 
@@ -230,6 +240,16 @@ def unwritable(path: Path, error: OSError, way_out: str = "") -> UnwritableError
     return UnwritableError(f"{path} cannot be written: {cause(path, error)}{f', {way_out}' if way_out else ''}")
 
 
+def system_error(error: BaseException | None) -> OSError | None:
+    """The refusal of the operating system that an exception of another library comes from, if it is one."""
+    text = ""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            return OSError(error.errno, REFUSALS[error.errno])
+        text, error = text + str(error), error.__cause__ or error.__context__
+    return next((OSError(number, name) for number, name in REFUSALS.items() if name in text), None)
+
+
 def cause(path: Path, error: OSError) -> str:
     """What the operating system says of a path, the numbers that belong to it, and what to do, if that is known."""
     text, advice = error.strerror or str(error) or type(error).__name__, _ADVICE.get(error.errno or 0, "")
@@ -251,7 +271,10 @@ def _full(path: Path, text: str) -> tuple[str, str]:
         return text, "free some space"
     if disk.f_files and not disk.f_favail:
         return f"{text}: no inode is free in {folder}", "delete some files, of any size"
-    return f"{text}: {disk.f_bavail * disk.f_frsize:,} bytes are free in {folder}", "free some space"
+    free = disk.f_bavail * disk.f_frsize
+    if free > ROOM:  # what was written has been removed since, or somebody else has made room
+        return f"{text}: by now {free:,} bytes and {disk.f_favail:,} inodes are free in {folder}", "make more room"
+    return f"{text}: {free:,} bytes are free in {folder}", "free some space"
 
 
 def _upwards(path: Path) -> Iterator[Path]:

@@ -4,8 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,8 @@ from altgrad_jax import files
 from altgrad_jax.checkpoint import Checkpoints, committed_steps, surplus
 from altgrad_jax.errors import UserError
 from tests.forks import ROOT
+from tests.mounts import mounted
 from tests.test_checkpoint import assert_is, make_state, restore, save
-
-
-@contextmanager
-def mounted(folder: Path, *arguments: str) -> Iterator[Path]:
-    """A file system of its own."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_power_cut_finds_the_checkpoint_whole(tmp_path):
@@ -159,24 +146,25 @@ except UserError as e:
 
 
 @pytest.mark.parametrize("why", ["nobody", "few files"])
-def test_what_cannot_be_read_for_a_while_is_not_damaged(tmp_path, why):
+def test_what_cannot_be_read_for_a_while_is_not_damaged(why):
     if why == "nobody" and os.getuid() != 0:
         pytest.skip("only root can become nobody")
-    checkpoints = Checkpoints(tmp_path / "c", max_to_keep=3)
-    for step in (10, 20):
-        save(checkpoints, step, make_state(step))
-    checkpoints.close()
-    largest = max((tmp_path / "c" / "20" / "state").rglob("*"), key=lambda path: path.stat().st_size)
-    if why == "nobody":
-        for folder in [tmp_path, *tmp_path.parents[:2]]:
-            folder.chmod(0o755)
-        largest.chmod(0)
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path / "c"), why], cwd=ROOT, capture_output=True, text=True
-    )
-    said = f"{largest} cannot be read: Permission denied" if why == "nobody" else "cannot be read: Too many open files"
-    assert said in done.stdout and len(done.stdout.splitlines()) == 1, done
-    assert_is(restore(tmp_path / "c"), 20)
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's own folders, which are for one user alone
+        folder = Path(name) / "c"
+        checkpoints = Checkpoints(folder, max_to_keep=3)
+        for step in (10, 20):
+            save(checkpoints, step, make_state(step))
+        checkpoints.close()
+        largest = max((folder / "20" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+        said = "cannot be read: Too many open files"
+        if why == "nobody":
+            Path(name).chmod(0o755)
+            largest.chmod(0)
+            said = f"{largest} cannot be read: Permission denied"
+        command = [sys.executable, "-c", READ, str(folder), why]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert said in done.stdout and len(done.stdout.splitlines()) == 1, done
+        assert_is(restore(folder), 20)
 
 
 @pytest.mark.parametrize("size", ["nr_inodes=48", "size=192k"])

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from altgrad_jax import files
 from altgrad_jax.errors import UserError
 from altgrad_jax.files import DamagedFileError, UnreadableError, UnwritableError, misfit, read_json, write_atomically
+from tests.mounts import mounted
 
 SHAPE = {"name": str, "runs": [{"step": int, "loss?": (float, type(None))}], "on?": bool}
 GOOD = {"name": "a", "runs": [{"step": 3}, {"step": 4, "loss": 2}, {"step": 5, "loss": None}], "more": []}
@@ -137,15 +137,8 @@ def test_the_new_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, with room for few bytes and few files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "tmpfs") as folder:
+        yield folder
 
 
 def test_what_a_disk_is_out_of_is_told(small_disk):

@@ -28,7 +28,7 @@ from altgrad_jax.data.eurlex_layouts import CONCEPTS_FILE, SOURCE_FILE, Layout, 
 from altgrad_jax.data.jsonlines import read_json_file
 from altgrad_jax.data.locks import exclusive
 from altgrad_jax.errors import UsageError, UserError
-from altgrad_jax.files import unwritable
+from altgrad_jax.files import system_error, unwritable
 
 
 class EurlexSource:
@@ -162,6 +162,10 @@ def prepare(
                 _build(layout, data_dir, folder, progress)
     except OSError as error:
         raise unwritable(folder, error) from error
+    except RuntimeError as error:  # as TFDS has what it is told of the disk
+        if (refused := system_error(error)) is None:
+            raise
+        raise unwritable(folder, refused) from error
     return EurlexSource(layout.corpus.name, data_dir)
 
 

@@ -20,6 +20,7 @@ from altgrad_jax.data.documents import SPLITS, Document
 from altgrad_jax.data.download import RemoteFile, sha256_of
 from altgrad_jax.data.eurlex import EurlexSource, find_prepared, prepare
 from altgrad_jax.errors import UserError
+from tests.mounts import mounted
 
 ACTS = {
     split: [
@@ -382,3 +383,11 @@ def test_builder_runs_on_its_own(tmp_path, published, monkeypatch):
     assert (tmp_path / "tfds" / "downloads" / "dataset.zip").is_file()
     assert list(eurlex_builder.Eurlex.builder_configs) == ["eurlex57k", "lexglue", "local"]
     assert os.fspath(builder.data_dir).endswith("eurlex/eurlex57k/1.0.0")
+
+
+@pytest.mark.parametrize("size", ["nr_inodes=12", "size=8k"])
+def test_a_disk_that_fills_up_is_one_line(tmp_path, source, size):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", size, "tmpfs") as folder:
+        with pytest.raises(UserError, match=r"cannot be written: No space left on device: ") as caught:
+            prepare(folder, source=source, progress=False)
+        assert "\n" not in str(caught.value)
