@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jax
@@ -49,8 +50,10 @@ class LostHostError(UserError):
 
 
 @contextmanager
-def together(config: ConfigDict, workdir: str) -> Iterator[None]:
+def together(config: ConfigDict, workdir: str, options: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
     """Joins the other hosts, if there are any, and ends with them; enter it before JAX touches a device.
+
+    The configuration, the folder and other `options` of the command must be those of all hosts.
 
     An error in here ends the process, and with it the others.
 
@@ -65,7 +68,7 @@ def together(config: ConfigDict, workdir: str) -> Iterator[None]:
         return
     _joined = Hosts(parallel.coordinator, parallel.hosts, parallel.host, parallel.timeout)
     try:
-        _joined.join(_settings(config, workdir))
+        _joined.join(_settings(config, workdir) | dict(options))
         yield
         _joined.leave()
     except BaseException as e:  # whatever it is, the others must hear of it

@@ -56,7 +56,7 @@ def main() -> int:
     if config.runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.runtime.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with together(config, workdir):
+    with together(config, workdir, {"--restart": RESTART.value}):
         return train(config, workdir, restart=RESTART.value)
 
 

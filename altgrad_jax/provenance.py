@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -182,6 +183,11 @@ def _from_home(path: Path) -> str:
 def command_line(command: Sequence[str] | None = None) -> list[str]:
     """The command of a run, by default this process's own."""
     return list(command or ["python", "-m", "altgrad_jax.main", *sys.argv[1:]])
+
+
+def to_go_on(command: Sequence[str]) -> str:
+    """A command as one line for a shell, to be given again: without --restart, which would begin anew."""
+    return shlex.join(word for word in command if not word.lstrip("-").startswith("restart"))
 
 
 def session(step: int, command: Sequence[str] | None = None) -> dict[str, Any]:

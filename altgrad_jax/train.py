@@ -7,7 +7,6 @@ TrainState, the seed and the step number, so a run killed anywhere and started a
 
 import logging
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -235,6 +234,8 @@ class Loop:
         config, exp = self.exp.config, self.exp
         if self.step == 0 and not self._skipped_batches:
             self._emit({"step": 0, **exp.evaluate(self.state)})
+        if stop.requested and not self._stepped and exp.parallel.hosts == 1:
+            return "interrupted"  # before this session's first step: there is nothing to save
         batches = exp.batches.from_step(self.step + self._skipped_batches)
         previous: tuple[int, dict[str, jax.Array], Record] | None = None
         while self.step < config.train.steps:
@@ -422,7 +423,7 @@ def _before_training(exp: experiment.Experiment, start: Start) -> dict[str, Any]
 
 
 def _shown(command: Sequence[str] | None) -> str:
-    return shlex.join(provenance.command_line(command))
+    return provenance.to_go_on(provenance.command_line(command))
 
 
 def _sinks(workdir: Workdir, console: Console, config: ConfigDict, start: Start, manifest: dict) -> list[Sink]:

@@ -187,6 +187,23 @@ def test_a_signal_at_any_moment_saves_and_leaves(lab, finished, tmp_path, monkey
     assert summary(workdir)["parameter_sha256"] == summary(finished)["parameter_sha256"]
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_to_save(lab, finished, tmp_path, monkeypatch, capsys):
+    workdir, evaluate = tmp_path / "run", Experiment.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return evaluate(*args)
+
+    monkeypatch.setattr("sys.argv", ["main", "--config=bf16", "--restart"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "evaluate", interrupted)
+        assert lab.train(workdir) == 128 + signal.SIGHUP
+    assert capsys.readouterr().out.endswith("to go on: python -m altgrad_jax.main --config=bf16\n")
+    assert summary(workdir)["step"] == 0 and not (workdir / "checkpoints").exists()
+    assert lab.train(workdir) == 0
+    assert bits(workdir) == bits(finished)
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_the_speed_is_that_of_the_steps(monkeypatch, waits):
     """Steps of 0.1 s whose metrics come a step late, stops every 7 steps, 5 s of evaluation; `waits`: for the step."""

@@ -31,7 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from altgrad_jax import cli
+from altgrad_jax import cli, provenance
 from altgrad_jax.config import check_is_matrix, load_config
 from altgrad_jax.console import make_console, print_header
 from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meaning
@@ -135,7 +135,7 @@ def sweep(matrix: ConfigDict, workdir: Path, shard: tuple[int, int], restart: bo
 
 def _interrupted(console: Console, stop: GracefulStop) -> int:
     """Says how to go on; returns the exit status."""
-    console.print(f"interrupted; to go on: {shlex.join(_command())}", soft_wrap=True)
+    console.print(f"interrupted; to go on: {provenance.to_go_on(_command())}", soft_wrap=True)
     return stop.exit_code
 
 
