@@ -150,8 +150,9 @@ def time_loop(size: str) -> dict:
 
     from altgrad_jax.checkpoint import Checkpoints
     from altgrad_jax.interrupt import GracefulStop
+    from altgrad_jax.loop import Loop
+    from altgrad_jax.start import Start
     from altgrad_jax.tracking import MetricsFile, read_metrics
-    from altgrad_jax.train import Loop, Start
 
     with tempfile.TemporaryDirectory() as folder:
         exp = experiment_of(size, "bfloat16", folder)

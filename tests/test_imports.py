@@ -43,6 +43,8 @@ LAYERS = (
     ("formats",),
     ("experiment",),
     ("run_record",),
+    ("start",),
+    ("loop",),
     ("train", "describe", "sample", "audit", "report", "data.__main__"),
     ("main", "sweep"),
 )

@@ -50,7 +50,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(lab, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("altgrad_jax.train.Loop._save", killed)
+        patch.setattr("altgrad_jax.loop.Loop._save", killed)
         with pytest.raises(KeyboardInterrupt):
             lab.train(tmp_path / "run")
     assert summary(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run" / "checkpoints").exists()

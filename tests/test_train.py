@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 import signal
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from altgrad_jax import experiment, program, step
-from altgrad_jax import train as training
 from altgrad_jax.checkpoint import Checkpoints
 from altgrad_jax.errors import UserError
 from altgrad_jax.experiment import Experiment
+from altgrad_jax.meter import Meter
 from altgrad_jax.tracking import read_metrics
 from tests.runs import Replaced, bits, checkpoint_steps, snapshot, summary, train_losses
 
@@ -63,7 +64,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary(lab, copied, s
     if stale == "absent":
         (copied / "summary.json").unlink()
     else:
-        (copied / "summary.json").write_text('{"status": "interrupted", "step": 5}')
+        (copied / "summary.json").write_text(json.dumps(whole | {"status": "interrupted", "step": 5}))
     metrics = (copied / "metrics.jsonl").read_bytes()
     assert lab.train(copied) == 0
     again = summary(copied)
@@ -208,8 +209,8 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(lab, finished, tm
 def test_the_speed_is_that_of_the_steps(monkeypatch, waits):
     """Steps of 0.1 s whose metrics come a step late, stops every 7 steps, 5 s of evaluation; `waits`: for the step."""
     clock = 0.0
-    monkeypatch.setattr(training.time, "monotonic", lambda: clock)
-    meter, rates = training.Meter(1000, 0), []
+    monkeypatch.setattr("altgrad_jax.meter.time.monotonic", lambda: clock)
+    meter, rates = Meter(1000, 0), []
     for number in range(1, 100):
         clock += 30.0 if number == 1 else 0.1 if waits else 0.0
         if number == 1:
