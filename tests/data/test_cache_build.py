@@ -241,7 +241,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(*((hashed_files, "open") if call == "open" else (hashed_files.os, call)), full, raising=False)
     with pytest.raises(
-        UserError, match=r"cannot be written: No space left on device: .*; free some space, or give another"
+        UserError, match=r"cannot be written: No space left on device: .*; make more room, or give another"
     ):
         build_cache(TinySource(), "bytes", 257, tmp_path, progress=False)
     monkeypatch.undo()

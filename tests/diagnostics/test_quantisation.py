@@ -1,6 +1,7 @@
 """What the formats did, from counts to names: by hand, and as a run writes it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,6 +197,7 @@ def test_texts_stay_in_the_file(run, monkeypatch):
     assert not [key for key in final if is_of_one_layer(key)]
     sent = []
     sink = Wandb.__new__(Wandb)
+    sink._caller = ThreadPoolExecutor(max_workers=1)
     sink._run, sink._offline = SimpleNamespace(log=lambda record, step: sent.append((record, step))), True
     records = read_metrics(run / "metrics.jsonl")
     for record in records:
