@@ -1,11 +1,12 @@
 """Reads the sweeps of configs/causes.py: which layer, operand, scale or vocabulary a loss is due to.
 
     python benchmarks/cause_losses.py runs/output_layer-tiny runs/control-tiny ... --out=docs/results/causes.json
+    python benchmarks/cause_losses.py runs/more --before=docs/results/causes.json --out=docs/results/causes.json
 
-Writes every condition's last validation loss, and comparisons over shared seeds: mean, 95 % interval, p of the paired t
-test and of the equivalence test within 0.05 nats (altgrad_jax/report/statistics.py), Holm-corrected over the table that
-they stand in. Prints the tables as Markdown. A gap is to BF16 with AdamW of the same sizes, seed and rate, and a loss
-scale of 1.
+Writes every condition's last validation loss, those of an earlier result (--before) first, and comparisons over shared
+seeds: mean, 95 % interval, p of the paired t test and of the equivalence test within 0.05 nats
+(altgrad_jax/report/statistics.py), Holm-corrected over the table that they stand in. Prints the tables as Markdown. A
+gap is to BF16 with AdamW of the same sizes, seed and rate, and a loss scale of 1.
 """
 
 import argparse
@@ -82,6 +83,12 @@ def read(folder: Path) -> Run:
         val_loss=loss if isinstance(loss, float) and math.isfinite(loss) else None,
         zeros=zeros[0] if zeros else None,
     )
+
+
+def read_before(path: Path) -> tuple[list[str], list[Run]]:
+    """Commands and runs of a file that this program wrote."""
+    results = json.loads(path.read_text())["results"]
+    return results["commands"], [Run(**run) for run in results["runs"]]
 
 
 def losses(runs: Iterable[Run], **facts: Any) -> dict[int, float]:
@@ -238,12 +245,14 @@ def _point(axes: Any, row: dict[str, Any], at: float, fmt: str, *, horizontal: b
 def main() -> None:
     """Reads, compares, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="work directories of sweeps")
+    parser.add_argument("folders", nargs="*", type=Path, help="work directories of sweeps")
+    parser.add_argument("--before", type=Path, help="JSON file of earlier results, which are kept")
     parser.add_argument("--out", help="JSON file of the results")
     parser.add_argument("--picture", type=Path, help="PNG of the gaps by place and by vocabulary")
     given = parser.parse_args()
-    runs = [read(path.parent) for folder in given.folders for path in sorted(folder.glob("*/summary.json"))]
-    commands = [json.loads((folder / "matrix.json").read_text())["command"] for folder in given.folders]
+    commands, runs = read_before(given.before) if given.before else ([], [])
+    runs += [read(path.parent) for folder in given.folders for path in sorted(folder.glob("*/summary.json"))]
+    commands += [" ".join(json.loads((folder / "matrix.json").read_text())["command"]) for folder in given.folders]
     tables = {name: gaps(runs, name) for name in dict.fromkeys(run.sweep for run in runs) if "control" not in name}
     if any(run.sweep == "control-tiny" for run in runs):
         tables |= control(runs)
@@ -251,7 +260,7 @@ def main() -> None:
         print(f"{name}\n\n{markdown(rows)}\n")
     if given.picture:
         plot(tables["output_layer-tiny"], [row for name in VOCABULARIES for row in tables.get(name, [])], given.picture)
-    found = {"commands": [" ".join(command) for command in commands], "comparisons": tables}
+    found = {"commands": commands, "comparisons": tables}
     save_results(given.out, found | {"runs": [asdict(run) for run in runs]})
 
 

@@ -115,6 +115,15 @@ def test_a_gain_counts_less_the_controls(causes):
     assert "| e3m4 | 4 | 1 | +0.200 [" in causes.markdown([primary])
 
 
+def test_what_was_published_stays_when_sweeps_are_added(causes, tmp_path, monkeypatch):
+    published = ROOT / "docs/results/causes.json"
+    again = tmp_path / "again.json"
+    monkeypatch.setattr("sys.argv", ["cause_losses.py", f"--before={published}", f"--out={again}"])
+    causes.main()
+    before, after = (json.loads(path.read_text())["results"] for path in (published, again))
+    assert before == after
+
+
 HEADLINE = "**`relative` against AdamW.**"
 
 
