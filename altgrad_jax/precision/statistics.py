@@ -84,8 +84,9 @@ def count(
     energy = jnp.square(x / jnp.where(amax == 0, 1.0, amax))  # in a unit in which no square is too small or too large
     sums = [jnp.abs(x), jnp.where(gone, x, 0.0), energy, jnp.where(gone, energy, 0.0)]
     means_of = jnp.stack([jnp.mean(of, dtype=jnp.float32) for of in sums])
-    mean_scale = jnp.sum(scale / scale.size)  # the sum of scales near 2^127 would be infinite
-    return RoleStats(amax, mean_scale, means, codes, means_of)
+    unit = largest.amax(scale)  # in which the sum of scales near 2^127 is finite
+    unit = jnp.where(unit == 0, 1.0, unit)
+    return RoleStats(amax, jnp.mean(scale / unit) * unit, means, codes, means_of)
 
 
 def saturates_above(fmt: FloatFormat, grid: Grid | None) -> Array | np.float32:
