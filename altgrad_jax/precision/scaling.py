@@ -17,7 +17,7 @@ from jax import lax
 
 from altgrad_jax.precision.formats import FloatFormat
 from altgrad_jax.precision.grid import Grid
-from altgrad_jax.precision.largest import amax, amax_over_devices
+from altgrad_jax.precision.largest import amax, amax_over_devices, block_amax
 from altgrad_jax.precision.recipes import MX_BLOCK, RoleRecipe
 from altgrad_jax.precision.rounding import has_native_cast, narrowed, native_cast, round_to_format
 from altgrad_jax.precision.short_rounding import is_short, round_bfloat16
@@ -236,7 +236,7 @@ def _quantise_blocks(
 
     # [R, C / 32, 32] or [R / 32, 32, C]: no element moves.
     blocks = padded_RC.reshape(*shape[:axis], -1, MX_BLOCK, *shape[axis + 1 :])
-    largest = amax(blocks, axis + 1)
+    largest = block_amax(blocks, axis + 1)
     exponent = mx_exponent(largest, role, state.grid)
     scaled = times_power_of_two(blocks.astype(jnp.float32), -exponent)
     # An element has few mantissa bits and its scale is a power of two: their product is exact in bfloat16, down to that
