@@ -24,17 +24,21 @@ class Kind:
 
 KINDS = {
     "spoilt": Kind(
-        "of the operand came in as infinity or NaN", True, "the first layer named, where it began, not those after it"
+        "share of the operand that came in as infinity or NaN",
+        True,
+        "another format or scale where something overflows, or in the first layer named; the others pass it on",
     ),
     "nan": Kind("values that are NaN", True, "leave such steps out (config.stability.skip_nonfinite=True)"),
-    "overflow": Kind("values cut off at the largest", True, "scaling=current, a larger margin, or more exponent bits"),
-    "underflow": Kind("of the magnitude became zero", True, "more exponent bits, finer scales, or a loss scale"),
+    "overflow": Kind("values beyond the largest", True, "scaling=current, a larger margin, or more exponent bits"),
+    "underflow": Kind(
+        "share of the magnitude that became zero", True, "more exponent bits, finer scales, or a loss scale"
+    ),
     "gradient": Kind("cosine to the float32 gradient", False, "more mantissa bits or stochastic rounding in gradients"),
     "stall": Kind(
         "updates that move no weight", True, "a larger learning rate, stochastic rounding, or float32 weights"
     ),
     "blow-up": Kind("length of the update over the weight's", False, "a lower learning rate or a longer warm-up"),
-    "rank": Kind("of the effective rank lost", True, "a lower learning rate, or more bits in this layer"),
+    "rank": Kind("share of the effective rank that is lost", True, "a lower learning rate, or more bits in this layer"),
     "loss": Kind("loss that is not finite", False, "a lower learning rate, or config.stability; docs/stability.md"),
 }
 

@@ -52,8 +52,9 @@ class FloatFormat:
 
     def __post_init__(self):
         for field in fields(self):
-            if type(value := getattr(self, field.name)) is not field.type:
-                raise TypeError(f"FloatFormat: {field.name}={value!r} is of the wrong type; it must be {field.type}")
+            value, kind = getattr(self, field.name), getattr(field.type, "__name__", field.type)
+            if type(value) is not field.type:
+                raise TypeError(f"FloatFormat: {field.name}={value!r} is of the wrong type; it must be of type {kind}")
         if why := self._impossible():
             raise ValueError(f"format {self.name} {why}")
 

@@ -113,7 +113,7 @@ def get_format(name: FormatLike) -> FloatFormat:
     if described := p3109(plain):
         return _p3109_format(*described)
     widths, _, options = plain.partition(":")
-    match = re.fullmatch(r"e(\d{1,3})m(\d{1,3})", widths)
+    match = re.fullmatch(r"e(\d{1,3})m(\d{1,3})", widths, re.ASCII)
     if match is None:
         raise ValueError(_unknown(text, plain))
     return _user_format(int(match[1]), int(match[2]), options)

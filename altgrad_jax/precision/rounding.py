@@ -45,7 +45,7 @@ def round_to_format(
 
     Args:
       x: float32, bfloat16, float16, or float64 (Python's floats and lists of them too), which is rounded once, with and
-        without `jax_enable_x64`.
+        without `jax_enable_x64`. Under `jax.jit` and `jax.vmap` without it, JAX makes float32 of an argument first.
       fmt: a format, its name, or a `Grid` whose numbers may be traced.
       rounding: "nearest" (ties to the even code), "toward_zero", or "stochastic" (up or down so that the expected
         value is x; needs `key`).

@@ -207,9 +207,11 @@ def test_a_warning_has_units_limits_and_advice():
             Failure("lm_head", "gradient", "overflow", 3, 0.0321, 0.01),
             *(Failure(f"blocks.{i}.mlp.up", "update", "blow-up", 3, 0.5, 0.3) for i in range(5)),
             Failure("", "", "loss", 3, NAN, INF),
+            Failure("blocks.0.mlp.up", "gradient", "spoilt", 3, 1.0, 0.0),
         ]
     )
-    assert "overflow, values cut off at the largest > 1 %: lm_head gradient 3.21 %; try scaling=current" in told
+    assert "spoilt, share of the operand that came in as infinity or NaN > 0 %: blocks.0.mlp.up gradient 100 %;" in told
+    assert "overflow, values beyond the largest > 1 %: lm_head gradient 3.21 %; try scaling=current" in told
     assert "blow-up, length of the update over the weight's > 0.3: blocks.0.mlp.up update 0.5," in told
     assert "and 2 more; try a lower learning rate" in told
     assert "loss, loss that is not finite: nan; try" in told

@@ -88,6 +88,7 @@ def test_plain_names_are_the_ieee_style_types():
     "name, said",
     [
         ("e5m2fnu", "unknown format 'e5m2fnu': with these widths there are e5m2 (largest 57344), e5m2fnuz (largest"),
+        ("e\uff14m\uff13", "unknown format 'e\uff14m\uff13'"),  # digits of another script
         ("bf61", "unknown format 'bf61': did you mean 'bf16'?"),
         ("binary8p8", "unknown format 'binary8p8': did you mean 'binary8p"),
         ("e4m3fn:bias=3", "unknown format 'e4m3fn:bias=3': with these widths there are e4m3 (largest 240), e4m3fn (la"),

@@ -264,7 +264,7 @@ def test_ulp_where_the_grid_has_none_is_nan():
         (dict(dtype_name="uint8"), "has dtype_name='uint8', which is no floating dtype"),
         (dict(exponent_bits=4.0), "exponent_bits=4.0 is of the wrong type"),
         (dict(bias=np.int32(7)), "is of the wrong type"),
-        (dict(inf=1), "inf=1 is of the wrong type"),
+        (dict(inf=1), "inf=1 is of the wrong type; it must be of type bool"),
         (dict(name=None), "name=None is of the wrong type"),
     ],
 )
