@@ -119,6 +119,7 @@ RECIPES = {
 ELSEWHERE = {
     "nvfp4": "there are no blocks with E4M3 scales here; mxfp4 has these elements, and power-of-two scales",
     "mxfp8_e4m3": "it is called mxfp8",
+    "mxfp6": "there are mxfp6_e3m2 and mxfp6_e2m3",
     "mxfp8blockscaling": "Transformer Engine's recipe of this name is mxfp8",
     "delayedscaling": "Transformer Engine's recipe of this name is 'hybrid scaling=delayed'",
     "float8currentscaling": "Transformer Engine's recipe of this name is 'hybrid scaling=current'",

@@ -4,6 +4,7 @@ import re
 
 ALIASES = {
     **{"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32", "f32": "float32"},
+    "single": "float32",
     **{"fp4": "e2m1fn", "float4": "e2m1fn", "f4": "e2m1fn", "ue8m0": "e8m0fnu"},
     # Triton's, behind fp8 or float8.
     **{"e4nv": "e4m3fn", "e5": "e5m2", "e4b8": "e4m3fnuz", "e5b16": "e5m2fnuz"},
@@ -15,10 +16,14 @@ AMBIGUOUS = {
     **dict.fromkeys(("e8m0",), ("e8m0fnu", "e8m0")),
     **dict.fromkeys(("fp8", "float8", "f8"), ("e4m3fn", "e5m2")),
     **dict.fromkeys(("fp6", "float6", "f6"), ("e3m2fn", "e2m3fn")),
+    "bf8": ("e5m2", "e5m2fnuz"),
+    "hf8": ("e4m3fn", "e4m3"),
 }
 # Names of what is no format here -> why.
 ELSEWHERE = {
     **dict.fromkeys(("float64", "fp64", "f64", "double"), "no format here is wider than float32"),
+    "float": "torch's is float32; Python's and NumPy's is float64, which is wider than the formats here",
+    "e4b15": "Triton's format of this name is e4m3:bias=15 here",
     "tf32": "with 19 bits it is wider than the 16 of the formats here, and is not float32",
     **dict.fromkeys(("int8", "i8", "int4", "i4"), "integers are no formats here; e0m7 and its like are fixed point"),
 }

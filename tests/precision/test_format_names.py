@@ -89,6 +89,10 @@ def test_plain_names_are_the_ieee_style_types():
     [
         ("e5m2fnu", "unknown format 'e5m2fnu': with these widths there are e5m2 (largest 57344), e5m2fnuz (largest"),
         ("e\uff14m\uff13", "unknown format 'e\uff14m\uff13'"),  # digits of another script
+        ("torch.float", "unknown format 'torch.float': torch's is float32; Python's and NumPy's is float64"),
+        ("tl.float8e4b15", "unknown format 'tl.float8e4b15': Triton's format of this name is e4m3:bias=15 here"),
+        ("BF8", "format 'BF8' can mean e5m2 (largest 57344) or e5m2fnuz (largest 57344): name one"),
+        ("hf8", "format 'hf8' can mean e4m3fn (largest 448) or e4m3 (largest 240): name one"),
         ("bf61", "unknown format 'bf61': did you mean 'bf16'?"),
         ("binary8p8", "unknown format 'binary8p8': did you mean 'binary8p"),
         ("e4m3fn:bias=3", "unknown format 'e4m3fn:bias=3': with these widths there are e4m3 (largest 240), e4m3fn (la"),
