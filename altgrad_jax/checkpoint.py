@@ -109,7 +109,7 @@ class Checkpoints:
             refuse_what_is_in_the_way(folder)
             if jax.process_index() == 0:
                 for path in folder.iterdir():
-                    if UNFINISHED in path.name or path.name.endswith(GOING):
+                    if path.is_dir() and (UNFINISHED in path.name or path.name.endswith(GOING)):
                         shutil.rmtree(path)
         except OSError as e:
             raise files.unwritable(folder, e) from e

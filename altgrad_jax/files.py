@@ -8,6 +8,7 @@ says, with the numbers that it gives, and is never guessed.
 import errno
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -179,7 +180,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             path.write_bytes(content)
             return
         target = Path(os.path.realpath(path))  # a link stays one
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        # Containers on several machines share folders, and process ids: a name of its own for every write.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -196,6 +198,18 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replaces a JSON file, as `write_atomically`."""
     write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are not there.
+
+    Raises:
+      UnwritableError: the operating system refuses, or something else lies there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise unwritable(path, e) from e
 
 
 def sync_file(path: Path) -> None:
@@ -255,6 +269,8 @@ def cause(path: Path, error: OSError) -> str:
     text, advice = error.strerror or str(error) or type(error).__name__, _ADVICE.get(error.errno or 0, "")
     if error.errno == errno.ENOSPC:
         text, advice = _full(path, text)
+    elif error.errno == errno.EEXIST and not path.is_dir():
+        text, advice = f"{text}, and is no folder", "move it away"
     elif error.errno in (errno.ENOENT, errno.ENOTDIR):
         missing = next((p for p in reversed((path, *path.parents)) if not p.is_dir()), path)
         if missing != path:

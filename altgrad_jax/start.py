@@ -112,7 +112,7 @@ def set_aside(workdir: Workdir, primary: bool) -> None:
     moved = workdir.set_aside() if primary else None
     multihost_utils.sync_global_devices("set aside an earlier run")
     if moved is not None:
-        log.warning("what was in %s is now in %s", workdir.path, moved)
+        log.warning("the earlier run in %s is now in %s", workdir.path, moved)
 
 
 def refuse_ended(workdir: Workdir) -> None:

@@ -69,8 +69,9 @@ class Unbreakable:
     def _break(self, error: OSError | ValueError) -> None:
         # What the stream still holds must have somewhere to go, or Python complains of it at its end.
         with suppress(OSError, ValueError):
+            number = self._stream.fileno()  # a closed one has none
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
+            os.dup2(null, number)
             os.close(null)
         if self._tell is not None:
             tell, self._tell = self._tell, None

@@ -13,6 +13,8 @@ from altgrad_jax import files
 from altgrad_jax.errors import UserError
 
 EARLIER = "earlier"  # folder of what was there before a run began anew
+# What a run leaves in its folder; whatever else lies there is not its own.
+OWN = ("config.json", "manifest.json", "metrics.jsonl", "summary.json", "checkpoints", "damaged", "profile", "wandb")
 # What a summary and a manifest hold, as far as this program reads them again.
 SUMMARY = {"status": str, "step": int, "final": dict}
 MANIFEST = {"run_id": str, "identity": dict, "config": dict, "sessions": [dict]}
@@ -113,10 +115,12 @@ class Workdir:
     def set_aside(self) -> Path | None:
         """Moves what an earlier run left to a folder of its own in `earlier`, and returns that; None if there is none.
 
+        What else lies in the folder stays where it is.
+
         Raises:
           UserError: it cannot be moved.
         """
-        found = sorted(set(os.listdir(self.path)) - {self._lock_file.name, EARLIER})
+        found = sorted(set(os.listdir(self.path)) & set(OWN))
         if not found:
             return None
         target = next(p for i in range(10**6) if not (p := self.path / EARLIER / f"{i}").exists())

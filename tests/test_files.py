@@ -121,7 +121,7 @@ def test_the_new_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls, replace, fsync = [], os.replace, os.fsync
 
     def note_sync(handle):
-        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name.rpartition(".")[0] or tmp_path.name))
         fsync(handle)
 
     def note_replace(old, new):
@@ -131,7 +131,32 @@ def test_the_new_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", note_sync)
     monkeypatch.setattr(files.os, "replace", note_replace)
     write_atomically(tmp_path / "x", b"data")
-    assert calls == [("sync", f".x.{os.getpid()}"), ("name", "x"), ("sync", tmp_path.name)]
+    assert calls == [("sync", ".x"), ("name", "x"), ("sync", tmp_path.name)]
+
+
+def test_processes_of_one_number_write_one_file(tmp_path, monkeypatch):
+    """As containers on several machines do in a folder that they share."""
+    fsync, others = os.fsync, iter(["theirs"])
+
+    def meanwhile(handle):
+        for content in others:
+            write_atomically(tmp_path / "x", content)
+            assert (tmp_path / "x").read_text() == content
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", meanwhile)
+    write_atomically(tmp_path / "x", "ours")
+    assert (tmp_path / "x").read_text() == "ours" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_is_made_or_what_lies_in_its_place_is_told(tmp_path):
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnwritableError, match="file cannot be written: File exists, and is no folder; move it away"):
+        files.make_folder(tmp_path / "file")
+    with pytest.raises(UnwritableError, match="below cannot be written: Not a directory: .*file is a file"):
+        files.make_folder(tmp_path / "file" / "below")
 
 
 @pytest.fixture

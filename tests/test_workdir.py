@@ -155,3 +155,16 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, below):
     with pytest.raises(UserError, match=r"--workdir=.*file.* cannot be written: .*; choose another folder"):
         Workdir(tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_not_of_a_run_stays_where_a_run_begins_anew(tmp_path):
+    for name in ("summary.json", "thesis.tex", ".netrc"):
+        (tmp_path / name).write_text(name)
+    for name in ("checkpoints", "photos"):
+        (tmp_path / name).mkdir()
+    workdir = Workdir(tmp_path)
+    moved = workdir.set_aside()
+    assert moved == tmp_path / "earlier" / "0" and {p.name for p in moved.iterdir()} == {"summary.json", "checkpoints"}
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", ".netrc", "earlier", "photos", "thesis.tex"}
+    assert workdir.set_aside() is None
+    workdir.close()

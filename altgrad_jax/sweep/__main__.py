@@ -36,7 +36,7 @@ from altgrad_jax.config import check_is_matrix, load_config
 from altgrad_jax.console import make_console, print_header
 from altgrad_jax.data.corpus import describe, open_corpus, refuse_another_meaning
 from altgrad_jax.errors import UsageError, UserError
-from altgrad_jax.files import read_json, write_json
+from altgrad_jax.files import make_folder, read_json, write_json
 from altgrad_jax.machine import check_xla_flags
 from altgrad_jax.optimizers import describe_schedule
 from altgrad_jax.sweep.groups import program_keys
@@ -162,7 +162,7 @@ def _schedule(base: ConfigDict) -> str:
 
 def _describe(workdir: Path, matrix: ConfigDict, all_conditions: Sequence[Condition]) -> None:
     """Writes matrix.json."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(
         workdir / "matrix.json",

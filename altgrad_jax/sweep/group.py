@@ -25,6 +25,7 @@ from altgrad_jax.diagnostics import attribution, wording
 from altgrad_jax.diagnostics.questions import is_answered
 from altgrad_jax.errors import UserError
 from altgrad_jax.experiment import Experiment
+from altgrad_jax.files import make_folder
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.kin import is_lost, refuse_lost
 from altgrad_jax.loss_scale import all_finite
@@ -103,7 +104,7 @@ def train_together(members: Sequence[Member], folder: Path, tell: Tell, restart:
             status = ended(member.folder) or RUNNING
             places.append(_Place(member, exp, workdir, watch, identity, failures, status=status))
         lanes = Lanes(experiments)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         checkpoints = Checkpoints(folder / "checkpoints", max_to_keep=1, committed=lambda: _note(places))
         cleanup.callback(checkpoints.close)
         run = _Group(places, lanes, checkpoints, tell)

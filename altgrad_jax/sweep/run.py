@@ -24,7 +24,7 @@ from typing import Any
 
 from altgrad_jax import provenance
 from altgrad_jax.errors import UserError
-from altgrad_jax.files import read_json, write_json
+from altgrad_jax.files import make_folder, read_json, write_json
 from altgrad_jax.interrupt import GracefulStop
 from altgrad_jax.sweep.groups import ALONE, groups
 from altgrad_jax.sweep.matrix import Condition
@@ -33,6 +33,7 @@ from altgrad_jax.sweep.requests import Member, Outcome, Request, ended, read_sum
 from altgrad_jax.sweep.worker import answer, work
 from altgrad_jax.workdir import BusyError, Workdir
 
+IDENTITY = {"identity?": {"data.sha256?": str}}  # what of a condition's manifest is read here
 PARTS = "parts.json"  # in a group's folder: the size it has been cut to
 TRIES = 3  # of a condition whose process ends without a word
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)  # of what a process does itself
@@ -134,7 +135,7 @@ def _all_ended(unit: _Unit, folder: Path, progress: Progress) -> bool:
 def _cut(unit: _Unit, home: Path) -> list[_Unit]:
     """The parts into which a unit has been cut before, so that it is not begun as a whole again; none if it was not."""
     found = read_json(home / PARTS, {"size": int})
-    return _parts(unit, found["size"]) if found is not None else []
+    return _parts(unit, max(1, found["size"])) if found is not None else []
 
 
 def _parts(unit: _Unit, size: int) -> list[_Unit]:
@@ -154,7 +155,7 @@ def refuse_others(conditions: Sequence[Condition], folder: Path, data_sha256: st
       without: keys of `config.optimizer` that are yet to be found.
     """
     for condition in conditions:
-        stored = read_json(folder / condition.name / "config.json")
+        stored = read_json(folder / condition.name / "config.json", {"checkpoint?": dict, "optimizer?": dict})
         if stored is None:
             continue
         current = provenance.config_dict(condition.config)
@@ -165,7 +166,7 @@ def refuse_others(conditions: Sequence[Condition], folder: Path, data_sha256: st
                 config.get("checkpoint", {}).pop(key, None)
             for key in without:
                 config.get("optimizer", {}).pop(key, None)
-        manifest = read_json(folder / condition.name / "manifest.json", {"identity?": dict}) or {}
+        manifest = read_json(folder / condition.name / "manifest.json", IDENTITY) or {}
         on = manifest.get("identity", {}).get("data.sha256", data_sha256)
         if stored != current or on != data_sha256:
             what = _first_difference(stored, current) if stored != current else f"data: {on[:8]} -> {data_sha256[:8]}"
@@ -319,7 +320,7 @@ def _forget_checkpoint(folder: Path) -> None:
 
 def _write_failed(folder: Path, condition: Condition, reason: str) -> None:
     """A failed condition's folder: what it was, and why it failed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if read_json(folder / "manifest.json") is None:
         facts = {"condition": condition.facts, "config": provenance.config_dict(condition.config)}
         write_json(folder / "manifest.json", facts | {"command": list(condition.command)})
