@@ -23,6 +23,7 @@ from altgrad_jax.parallel import DataParallel
 from altgrad_jax.precision.policy import resolve
 from altgrad_jax.report.compare import compare, notes
 from altgrad_jax.report.runs import read_runs
+from altgrad_jax.report.study import make_study
 from altgrad_jax.state import init_params, model_structure
 from altgrad_jax.step import window_loss
 from altgrad_jax.task import make_task
@@ -355,9 +356,10 @@ def test_mistakes_are_named(classify, lab, twenty, tmp_path):
 
 def test_runs_of_two_tasks_are_set_apart(twenty, finished):
     runs = read_runs([str(finished), str(twenty)])
-    rows = compare(runs)
+    rows = compare(make_study(runs, [], Path("report.html"), first=True))
     assert rows[1].verdict == "not comparable" and "task: lm -> classify" in notes(rows)[0]
-    assert [row.verdict for row in compare([runs[1], runs[1]])] == ["baseline", "baseline"]
+    alone = compare(make_study(runs[1:], [], Path("report.html"), first=True))
+    assert [row.verdict for row in alone] == ["baseline"]
 
 
 @pytest.mark.parametrize("variant", ["", "quick", "e5m2", "e4m3fn g=e5m2 scaling=current,quick"])

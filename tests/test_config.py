@@ -238,6 +238,7 @@ ConfigDict.__getitem__, ConfigDict.to_dict = noted_getitem, to_dict_not_noted
 GPTConfig.__getattribute__ = noted_shape
 main.validate = lambda config: None
 main.CONFIG, main.WORKDIR = SimpleNamespace(value=config), SimpleNamespace(value=workdir)
+main.DESCRIBE = main.RESTART = SimpleNamespace(value=False)
 assert main.main() == 0
 for config.optimizer.name in OPTIONS:  # each reads settings of its own
     make_optimizer(config.optimizer, 10)

@@ -1,5 +1,6 @@
 """Failures injected into real runs are named at the end, with the right layer, role and step."""
 
+import re
 from unittest import mock
 
 import jax.numpy as jnp
@@ -47,12 +48,12 @@ def test_overflow_stall_rank_and_blow_up(lab, tmp_path, capsys):
         assert lab.train(tmp_path / "run", precision__rules=rules, optimizer__learning_rate=1e-5, **EVERY) == 0
     found = failures(tmp_path / "run")
     assert (1, "blocks.0.attn.qkv", "activation", "overflow") in found
-    assert (1, "blocks.0.mlp.up", "update", "stall") in found
     assert (2, "blocks.0.attn.proj", "weight", "rank") in found
     kinds = {(layer, kind) for _, layer, _, kind in found}
+    assert "stall" not in {kind for _, kind in kinds}, "float32 weights lose no update that their rounded values miss"
     assert ("blocks.0.mlp.up", "overflow") not in kinds and ("blocks.0.mlp.up", "rank") not in kinds
     out = capsys.readouterr().out
-    assert "warning: (overflow: blocks.0.attn.qkv activation" in out
+    assert re.search(r"warning: .*overflow, .*: blocks.0.attn.qkv activation", out)
     assert any(line.split()[:4] == ["1", "blocks.0.attn.qkv", "activation", "overflow"] for line in out.splitlines())
 
 

@@ -11,7 +11,7 @@ BY_NAME: dict[str, tuple[str, list[str]]] = {
     "unknown format": ("format.py:e5m2x,quick", ["unknown recipe or format 'e5m2x'", "did you mean 'e5m2"]),
     "format too wide": ("format.py:e9m9", ["has 19 bits with its sign; 2 to 16 are possible"]),
     "powers of two": ("format.py:e8m0fnu", ["e8m0fnu", "holds only powers of two"]),
-    "impossible format": ("format.py:e3m4:nan=ieee,quick", ["e3m4:nan=ieee", "needs inf=1"]),
+    "impossible format": ("format.py:e3m4:nan=ieee,quick", ["e3m4:bias=3,inf=0,nan=ieee", "needs inf=1"]),
     "unknown option": ("format.py:e5m2 scalling=current,quick", ["'scalling'", "did you mean 'scaling'?"]),
     "unknown value": ("format.py:e5m2 scaling=delay", ["scaling='delay'", "none, static, current, delayed, mx"]),
     "no value": ("format.py:e5m2 scaling", ["'scaling' is not of the form option=value"]),
