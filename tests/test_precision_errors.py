@@ -17,7 +17,7 @@ BY_NAME: dict[str, tuple[str, list[str]]] = {
     "no value": ("format.py:e5m2 scaling", ["'scaling' is not of the form option=value"]),
     "no such operand": ("format.py:e5m2 y.scaling=none", ["'y' is not one of the operands x, w, g"]),
     "word for a number": ("format.py:e5m2 history=long", ["history='long' is no int"]),
-    "no history": ("format.py:e5m2 history=0", ["history=0 must be at least 1"]),
+    "no history": ("format.py:e5m2 history=0", ["history=0 must lie between 1 and 65536 steps"]),
     "options of bf16": ("format.py:bf16 scaling=none", ["bf16 leaves a layer as it is and takes no options"]),
     "no format": ("format.py", ["name a format or a recipe after the colon: --config=configs/format.py:e3m4"]),
     "quick alone": ("format.py:quick", ["name a format or a recipe after the colon"]),

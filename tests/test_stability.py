@@ -59,7 +59,7 @@ def test_steps_with_a_gradient_that_is_no_number_are_left_out(lab, tmp_path, cap
     assert end["status"] == "finished" and end["final"]["train/skipped_steps"] == 3
     assert [(e["step"], e["event"]) for e in end["events"]] == [(4, "skip"), (5, "skip"), (9, "skip")]
     assert events(tmp_path / "run") == end["events"]
-    assert "step      4/12  skip: (a loss or gradient that is not finite)" in capsys.readouterr().out
+    assert "step      4/12  skip: a loss or gradient that is not finite" in capsys.readouterr().out
     seen = {r["step"]: r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/skipped" in r}
     assert [seen[i]["train/skipped_in_a_row"] for i in (3, 4, 5, 6)] == [0, 1, 2, 0]
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
@@ -86,7 +86,7 @@ def test_a_run_that_took_no_step_has_diverged_and_has_no_best(lab, tmp_path, cap
     assert (end["status"], end["reason"]) == ("diverged", "no step was taken: all 3 were left out")
     assert end["best_val_loss"] == "NaN" and end["parameter_sha256"] is None
     assert "best" not in out and "no diagnostic crossed" not in out
-    assert "diverged: (no step was taken: all 3 were left out)" in out
+    assert "diverged: no step was taken: all 3 were left out" in out
 
 
 def test_a_run_whose_last_update_spoils_the_weights_has_diverged(lab, tmp_path, capsys):
@@ -212,7 +212,7 @@ def test_a_run_goes_back_and_on_with_other_batches(lab, tmp_path, capsys):
         assert lab.train(workdir, train__steps=12, **changes) == 1
     found = events(workdir, "rewind")
     assert [(e["step"], e["event/failed_step"], e["event/skipped_batches"]) for e in found] == [(9, 10, 1)] or found
-    assert "rewind: (diverged at step 10; batches of" in capsys.readouterr().out
+    assert "rewind: diverged at step 10; batches of" in capsys.readouterr().out
     assert summary(workdir)["status"] == "diverged" and summary(workdir)["events"][-1]["event"] == "diverged"
 
 
@@ -266,7 +266,7 @@ def test_poisonous_batches_are_passed_over(lab, tmp_path):
     assert [batch_of(records, step) for step in (1, 6, 7, 12)] == [0, 5, 9, 14]
     # Stopped before, right after and later than the rewind, it ends with the same bits.
     # Where what is stopped at saves beside the regular checkpoints, none of those is pushed out.
-    for number, (keep, *stops) in enumerate([(3, 7, 12), (3, 6, 12), (3, 9, 12), (3, 11, 12), (1, 7, 8, 12)]):
+    for number, (keep, *stops) in enumerate([(3, 7, 12), (3, 6, 12), (3, 9, 12), (3, 11, 12), (1, 7, 12)]):
         workdir = tmp_path / f"stopped{number}"
         for steps_to_go in stops:
             # Started again with more steps, the schedule being constant here.

@@ -131,7 +131,7 @@ def test_a_full_disk_is_told(tmp_path):
     file._file.close()
     file._file = open("/dev/full", "wb")  # noqa: SIM115
     with pytest.raises(
-        UserError, match=r"No space left .*; free some space, then run the same command again: the checkpoints are"
+        UserError, match=r"No space left .*; make more room, then run the same command again: the checkpoints are"
     ):
         file.log(RECORDS[0])
     with suppress(OSError):
