@@ -115,6 +115,7 @@ def test_peers(run):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layer_scan_of_quantised_layers(module):
     """One block in a loop over stacked parameters and scaling states: the same losses as the network's."""
     scan = module("layer_scan")
