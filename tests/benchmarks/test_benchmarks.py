@@ -95,7 +95,7 @@ def test_gpu_step(run):
     assert_skipped(size["recipes"]["e5m2, Pallas kernel"], "9.0")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_peers(run):
     ours, flax = "altgrad_jax, bf16", "flax.linen, fp8_ops"
     results = run(
@@ -114,7 +114,7 @@ def test_peers(run):
             assert_skipped(results["peers"][name], "not installed", package)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_layer_scan_of_quantised_layers(module):
     """One block in a loop over stacked parameters and scaling states: the same losses as the network's."""
     scan = module("layer_scan")
